@@ -113,7 +113,8 @@ void query_gradient(const BackwardParams& p, const LayoutParams& layout, const I
   store_gradient(s.total_a, A(p.scale), lanes, dim, dq);
 }
 
-// dk and dv of one key tile, summed over the query heads that share it: lanes are keys, rows are queries.
+// What one query head adds to dk and dv of one key tile: lanes are keys, rows are queries. In the transposed layout a run counts
+// query tiles; `masks` still has a word of key columns for each query row.
 template <class T>
 void key_gradient(const BackwardParams& p, const LayoutParams& layout, const Item& item, BackwardScratch<Acc<T>>& s) {
   using A = Acc<T>;
@@ -137,7 +138,7 @@ void key_gradient(const BackwardParams& p, const LayoutParams& layout, const Ite
   Block<A> block;
   for (int e = layout.row_start[view.row_base + item.tile]; e < layout.row_start[view.row_base + item.tile + 1]; ++e) {
     const Run run = layout.runs[e];
-    const uint64_t* mask = run.mask < 0 ? nullptr : layout.masks_t + int64_t(run.mask) * kTile;
+    const uint64_t* mask = run.mask < 0 ? nullptr : layout.masks + int64_t(run.mask) * kTile;
     for (int tile = run.first; tile < run.first + run.count; ++tile) {
       if (!block.select(tile, view.q_count, mask, groups)) continue;
       const int query = tile * kTile;
