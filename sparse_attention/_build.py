@@ -1,0 +1,197 @@
+"""Compiles csrc at first use and loads the result: one shared library for each combination of sources, torch and processor.
+
+`SPARSE_ATTENTION_CACHE` names the folder that holds the libraries (default: `sparse_attention` in the user's cache folder).
+`SPARSE_ATTENTION_CPU` is `avx512`, `avx2` or `baseline`, for a library that uses less than the processor has.
+`CXX` is the compiler (default `c++`).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from importlib.machinery import ExtensionFileLoader
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fopenmp", "-fvisibility=hidden"]
+# Not -ffast-math: infinities and NaNs mean something here.
+FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+
+_AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+TIERS = {
+    "baseline": [],
+    "avx2": _AVX2,
+    "avx512": [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512cd"],
+}
+
+_STILL_WORKS = "impl='dense' and impl='reference' work without compiled kernels."
+
+
+class BuildError(RuntimeError):
+    """The kernels cannot be compiled or loaded here; the message says what to install."""
+
+
+@functools.cache
+def kernels() -> ModuleType:
+    """The compiled module; compiled first if the cache does not hold it. Raises BuildError."""
+    path = library()
+    loader = ExtensionFileLoader("sparse_attention._kernels", str(path))
+    spec = importlib.util.spec_from_file_location(loader.name, path, loader=loader)
+    try:
+        module = importlib.util.module_from_spec(spec)
+        loader.exec_module(module)
+    except ImportError as error:
+        raise BuildError(f"{path} does not load ({error}); delete it to compile it again. {_STILL_WORKS}") from error
+    return module
+
+
+def library() -> Path:
+    """The path of the compiled library, which exists on return. Processes that ask at once compile once."""
+    from filelock import FileLock
+
+    folder = cache_folder()
+    path = folder / f"kernels-{tier()}-{key()}.so"
+    if path.exists():
+        return path
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path.with_suffix(".lock"))  # the system drops it when its holder dies
+        with lock:
+            if not path.exists():
+                _compile(path)
+    except OSError as error:
+        raise BuildError(
+            f"cannot write the compiled kernels to {folder} ({error}); set SPARSE_ATTENTION_CACHE to a writable folder. "
+            f"{_STILL_WORKS}"
+        ) from error
+    return path
+
+
+def cache_folder() -> Path:
+    """Where compiled libraries are kept."""
+    chosen = os.environ.get("SPARSE_ATTENTION_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "sparse_attention"
+
+
+def tier() -> str:
+    """The instruction set to compile for: the processor's best, or SPARSE_ATTENTION_CPU."""
+    best = {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "baseline")
+    chosen = os.environ.get("SPARSE_ATTENTION_CPU") or best
+    order = list(TIERS)
+    if chosen not in order or order.index(chosen) > order.index(best):
+        possible = ", ".join(order[: order.index(best) + 1])
+        raise ValueError(f"SPARSE_ATTENTION_CPU is {chosen!r}, expected one of what this processor has: {possible}")
+    return chosen
+
+
+def key() -> str:
+    """What a library depends on, as a short hash: sources, flags, torch, Python's ABI and the instruction set."""
+    digest = hashlib.sha256()
+    facts = [torch.__version__, sysconfig.get_config_var("SOABI") or sys.implementation.cache_tag, tier()]
+    for text in facts + FLAGS + TIERS[tier()] + _compiler():
+        digest.update(text.encode() + b"\0")
+    root = source_folder()
+    for path in _sources(root, "*.h") + _sources(root, "*.cpp"):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+@functools.cache
+def source_folder() -> Path:
+    """csrc: inside the package when installed from a wheel, beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "csrc", package.parent / "csrc"):
+        if (folder / "bindings.cpp").exists():
+            return folder
+    raise BuildError(f"no csrc folder in {package} or beside it: the installation is incomplete. {_STILL_WORKS}")
+
+
+def _sources(root: Path, pattern: str) -> list[Path]:
+    return sorted(root.glob(pattern)) + sorted((root / "cpu").glob(pattern))
+
+
+def _compiler() -> list[str]:
+    return shlex.split(os.environ.get("CXX") or "c++")
+
+
+def _compile(path: Path) -> None:
+    """Builds in a temporary folder and renames the result to `path`."""
+    ninja = _find_tools()
+    with tempfile.TemporaryDirectory(prefix="build-", dir=path.parent) as folder:
+        (Path(folder) / "build.ninja").write_text(_ninja_file(path.name))
+        print(f"sparse_attention: compiling for {tier()} into {path.parent} (once)", file=sys.stderr, flush=True)
+        environment = {**os.environ, "NINJA_STATUS": "sparse_attention: [%f/%t] "}
+        process = subprocess.Popen(
+            [ninja, "-C", folder], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        output = []
+        for line in process.stdout:
+            output.append(line)
+            if line.startswith("sparse_attention: "):
+                print(line, end="", file=sys.stderr, flush=True)
+        if process.wait() != 0:
+            raise BuildError(f"compiling the kernels failed; the compiler said:\n{''.join(output[-40:])}{_STILL_WORKS}")
+        os.replace(Path(folder) / path.name, path)
+
+
+def _find_tools() -> str:
+    """The path of ninja. Raises BuildError unless it and the compiler are there."""
+    if shutil.which(_compiler()[0]) is None:
+        raise BuildError(
+            f"no C++ compiler: {_compiler()[0]!r} is not on the PATH. Install one (Debian and Ubuntu: apt install g++; "
+            f"Fedora: dnf install gcc-c++; conda: conda install cxx-compiler) or point CXX at yours. {_STILL_WORKS}"
+        )
+    try:
+        from ninja import BIN_DIR
+    except ImportError:
+        BIN_DIR = None
+    found = shutil.which("ninja", path=BIN_DIR) if BIN_DIR else None
+    found = found or shutil.which("ninja")
+    if found is None:
+        raise BuildError(f"no ninja: install it with `pip install ninja`. {_STILL_WORKS}")
+    return found
+
+
+def _ninja_file(target: str) -> str:
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    compiler = shlex.join(_compiler())
+    includes = [f"-isystem{path}" for path in [*include_paths(), sysconfig.get_paths()["include"]]]
+    flags = [*FLAGS, *TIERS[tier()], f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}", *includes]
+    # Linked without -fopenmp: its symbols come with libtorch_cpu, so torch and the kernels share one pool of threads.
+    link = [f"-L{path}" for path in library_paths()] + ["-ltorch_python", "-ltorch_cpu", "-ltorch", "-lc10"]
+    if _is_clang():  # its OpenMP calls are in no library of torch's
+        link.append("-fopenmp")
+    lines = [
+        f"rule compile\n  command = {compiler} {_escape(shlex.join(flags))} -c $in -o $out\n  description = $desc",
+        f"rule link\n  command = {compiler} -shared $in -o $out {_escape(shlex.join(link))}\n  description = $out",
+    ]
+    objects = []
+    for source in _sources(source_folder(), "*.cpp"):
+        objects.append(f"{source.stem}.o")
+        path = _escape(str(source)).replace(" ", "$ ").replace(":", "$:")
+        lines.append(f"build {objects[-1]}: compile {path}\n  desc = {source.name}")
+    lines.append(f"build {target}: link {' '.join(objects)}")
+    return "\n".join(lines) + "\n"
+
+
+def _escape(text: str) -> str:
+    return text.replace("$", "$$")
+
+
+def _is_clang() -> bool:
+    version = subprocess.run([*_compiler(), "--version"], capture_output=True, text=True)
+    return "clang" in version.stdout
