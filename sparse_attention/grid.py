@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from sparse_attention.masks import pack, popcount
-from sparse_attention.patterns.base import Lengths, Pattern, Rects, Spans
+from sparse_attention.patterns.base import Lengths, Pattern, Rects, Spans, Tile
 
 # Pairs evaluated at once: their int64 temporaries stay in a second-level cache.
 BATCH_PAIRS = 1 << 18
-
-
-class Tile(NamedTuple):
-    """Query rows and key columns of a tile, each a multiple of 64."""
-
-    q: int
-    k: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,25 +59,6 @@ def grid_of(pattern: Pattern, lengths: Lengths, tile: Tile) -> Grid:
     return Grid(np.bincount(row, minlength=rows), runs, masks, counts)
 
 
-def merged(spans: Spans) -> Spans:
-    """The same keys as ascending ranges that neither overlap nor touch."""
-    spans = spans.pick(spans.start < spans.stop)
-    if spans.group.size == 0:
-        return spans
-    low = spans.start.min()
-    width = int(spans.stop.max() - low) + 1
-    start = spans.group * width + (spans.start - low)
-    stop = spans.group * width + (spans.stop - low)
-    if np.any(start[1:] < start[:-1]):
-        order = np.argsort(start, kind="stable")
-        start, stop = start[order], stop[order]
-    reach = np.maximum.accumulate(stop)
-    opens = np.concatenate([[True], start[1:] > reach[:-1]])
-    last = np.concatenate([np.nonzero(opens)[0][1:] - 1, [len(start) - 1]])
-    group = start[opens] // width
-    return Spans(group, start[opens] - group * width + low, reach[last] - group * width + low)
-
-
 def _tile_ranges(pattern, lengths, tile, rows):
     """Ascending ranges of key tiles [first, stop) of each query tile that hold all that it sees."""
     i0 = np.arange(rows, dtype=np.int64) * tile.q + lengths.offset
@@ -94,7 +66,7 @@ def _tile_ranges(pattern, lengths, tile, rows):
     spans = pattern.spans(i0, i1 - 1, lengths)
     start, stop = np.maximum(spans.start, 0), np.minimum(spans.stop, lengths.kv_len)
     keep = start < stop
-    row, first, stop = merged(Spans(spans.group, start // tile.k, -(-stop // tile.k)).pick(keep))
+    row, first, stop = Spans(spans.group, start // tile.k, -(-stop // tile.k)).pick(keep).merged()
     # A last key tile that is not whole is never full: it stands alone.
     whole = lengths.kv_len // tile.k
     cut = (first < whole) & (stop > whole)
@@ -147,16 +119,11 @@ def _evaluate(pattern, lengths, tile, row, column):
     _, example, kind = np.unique(kind, return_index=True, return_inverse=True)
     kind = kind.reshape(-1)
     masks, some, every = _bits(pattern, lengths, tile, Rects(*(side[example] for side in rects)))
-    (masks,), (number,) = _numbered(masks[some & ~every], tile)
+    masks, (number,) = unique_masks([masks[some & ~every]], tile)
     names = np.full(len(example), -1, dtype=np.int64)
     names[some & ~every] = number
     keep = some[kind]
     return row[keep], column[keep], names[kind][keep], masks
-
-
-def _numbered(masks, tile):
-    found, numbers = unique_masks([masks], tile)
-    return (found,), numbers
 
 
 def _bits(pattern, lengths, tile, rects):
@@ -166,13 +133,11 @@ def _bits(pattern, lengths, tile, rects):
     batch = max(1, BATCH_PAIRS // (tile.q * tile.k))
     down, right = np.arange(tile.q), np.arange(tile.k)
     for at in range(0, n, batch):
-        i0, i1, j0, j1 = (side[at : at + batch, None] for side in rects)
-        # Rows and columns past the end repeat the last one, so that a pattern is only asked about real positions.
-        i, j = np.minimum(i0 + down, i1 - 1), np.minimum(j0 + right, j1 - 1)
-        seen = pattern.allows(torch.from_numpy(i).unsqueeze(2), torch.from_numpy(j).unsqueeze(1), lengths)
-        bits = seen.expand(len(i), tile.q, tile.k).numpy()
-        if np.any(i1 - i0 < tile.q) or np.any(j1 - j0 < tile.k):
-            bits = bits & (down < i1 - i0)[:, :, None] & (right < j1 - j0)[:, None, :]
+        some = Rects(*(side[at : at + batch] for side in rects))
+        bits = pattern.bits(some, tile, lengths)
+        height, width = some.i1 - some.i0, some.j1 - some.j0
+        if np.any(height < tile.q) or np.any(width < tile.k):
+            bits = bits & (down < height[:, None])[:, :, None] & (right < width[:, None])[:, None, :]
         masks[at : at + batch] = pack(bits)
     some = masks.any(axis=(1, 2))
     past = down[None, :] >= (rects.i1 - rects.i0)[:, None]
@@ -182,8 +147,8 @@ def _bits(pattern, lengths, tile, rects):
 
 def unique_masks(tables: list[np.ndarray], tile: Tile) -> tuple[np.ndarray, list[np.ndarray]]:
     """The distinct masks of several tables, and for each table the number of each of its masks."""
-    masks = np.concatenate(tables) if tables else np.zeros((0, tile.q, tile.k // 64), dtype=np.int64)
-    flat = masks.reshape(len(masks), -1)
+    masks = np.concatenate(tables)
+    flat = masks.reshape(len(masks), tile.q * tile.k // 64)
     weights = np.random.default_rng(0).integers(1, 2**63, flat.shape[1], dtype=np.uint64) | np.uint64(1)
     hashes = (flat.view(np.uint64) * weights).sum(axis=1, dtype=np.uint64)
     _, example, number = np.unique(hashes, return_index=True, return_inverse=True)

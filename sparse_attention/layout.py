@@ -9,9 +9,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from sparse_attention.grid import Grid, Tile, grid_of, unique_masks
-from sparse_attention.masks import popcount, transpose_masks
-from sparse_attention.patterns.base import Lengths, Pattern, quotient_lengths
+from sparse_attention.grid import Grid, grid_of, unique_masks
+from sparse_attention.masks import transpose_masks
+from sparse_attention.patterns.base import Lengths, Pattern, Tile, check_sizes, quotient_lengths
+from sparse_attention.rows import Rows, rows
+
+__all__ = ["Counts", "Layout", "LayoutPart", "Rows", "Tile", "build", "count_pairs", "layout", "rows"]
 
 
 class Counts(NamedTuple):
@@ -94,13 +97,10 @@ def layout(pattern: Pattern, q_len: int, kv_len: int, heads: int = 1, tile: Tile
 
 def build(pattern: Pattern, q_len: int, kv_len: int, heads: int = 1, tile: Tile = Tile(64, 64)) -> Layout:
     """Make the layout anew. Sizes that the pattern cannot apply to raise ValueError."""
-    for name, value in (("q_len", q_len), ("kv_len", kv_len), ("heads", heads)):
-        if not 1 <= value < 2**31:
-            raise ValueError(f"{name} is {value}; expected at least 1 and less than 2**31")
     tile = Tile(*tile)
     if tile.q < 64 or tile.k < 64 or tile.q % 64 or tile.k % 64:
         raise ValueError(f"tile is {tile}; expected positive multiples of 64")
-    pattern.check(q_len, kv_len, heads)
+    check_sizes(pattern, q_len, kv_len, heads)
     lengths = Lengths(q_len, kv_len)
     variants: dict[Pattern, int] = {}
     head_variant = [variants.setdefault(pattern.for_head(h), len(variants)) for h in range(heads)]

@@ -1,4 +1,4 @@
-"""Row tables: which keys each query sees, one list a query. What the gather engine reads (`RowsParams` in csrc/params.h)."""
+"""The keys of every query row, one by one: what the gather engine reads (`RowsParams` in csrc/params.h)."""
 
 from __future__ import annotations
 
@@ -8,104 +8,98 @@ from functools import cached_property, lru_cache
 import numpy as np
 import torch
 
-from sparse_attention.patterns.base import Lengths, Pattern
+from sparse_attention.patterns.base import Lengths, Pattern, Spans, check_sizes
 
-# (query, key) candidates examined at once: a few arrays of 8-byte numbers, 32 MB each.
-_CANDIDATES = 1 << 22
+# Query rows whose spans are asked for at once, and candidate pairs that are tested at once.
+ROWS = 1024
+CANDIDATES = 1 << 21
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Row r of variant x holds columns[row_start[x * rows + r] : row_start[x * rows + r + 1]], ascending. CPU tensors.
+    """CSR lists of each distinct head, one head after the other. CPU tensors.
 
-    row_start: int64 [variants * rows + 1]; columns: int32 [pairs]; head_variant: int32 [heads].
-    rows, cols: q_len and kv_len, or kv_len and q_len when transposed.
+    row_start: int64 `[variants * n + 1]`, n = q_len: query row r of variant x sees the ascending keys
+    columns[row_start[x * n + r] : row_start[x * n + r + 1]]. columns: int32. head_variant: int32 `[heads]`.
+    Of the transpose, n = kv_len and the lists hold the local query rows that see a key.
     """
 
     row_start: torch.Tensor
     columns: torch.Tensor
     head_variant: torch.Tensor
-    rows: int
-    cols: int
-
-    @property
-    def pairs(self) -> int:
-        """Listed pairs, summed over heads."""
-        per_variant = torch.diff(self.row_start[:: self.rows])
-        return int(per_variant[self.head_variant.long()].sum())
+    q_len: int
+    kv_len: int
+    transposed: bool = False
 
     @property
     def nbytes(self) -> int:
         return self.row_start.nbytes + self.columns.nbytes + self.head_variant.nbytes
 
     def transpose(self) -> "Rows":
-        """The same pairs by key, for the backward. Made once."""
+        """The query rows of every key, for the backward. Made once."""
         return self._transpose
 
     @cached_property
     def _transpose(self) -> "Rows":
-        start = self.row_start.numpy()
-        variants = (start.size - 1) // self.rows
-        row = np.repeat(np.tile(np.arange(self.rows, dtype=np.int32), variants), np.diff(start))
-        variant = np.repeat(np.arange(variants), np.diff(start[:: self.rows]))
-        line = variant * self.cols + self.columns.numpy()
+        n, other = (self.kv_len, self.q_len) if self.transposed else (self.q_len, self.kv_len)
+        columns = self.columns.numpy()
+        variants = (self.row_start.numel() - 1) // n
+        row = np.repeat(np.tile(np.arange(n, dtype=np.int32), variants), np.diff(self.row_start.numpy()))
+        starts, lists = [np.zeros(1, dtype=np.int64)], []
+        for x in range(variants):
+            here = slice(*self.row_start[[x * n, (x + 1) * n]].tolist())
+            lists.append(row[here][_stable_order(columns[here], other)])
+            starts.append(here.start + np.cumsum(np.bincount(columns[here], minlength=other)))
         return Rows(
-            row_start=_starts(np.bincount(line, minlength=variants * self.cols)),
-            columns=torch.from_numpy(row[np.argsort(line, kind="stable")]),
-            head_variant=self.head_variant,
-            rows=self.cols,
-            cols=self.rows,
+            torch.from_numpy(np.concatenate(starts)),
+            torch.from_numpy(np.concatenate(lists)),
+            self.head_variant, self.q_len, self.kv_len, not self.transposed,
         )
 
 
-def build(pattern: Pattern, q_len: int, kv_len: int, heads: int = 1) -> Rows:
-    """Make the row table anew. Sizes that the pattern cannot apply to raise ValueError."""
-    pattern.check(q_len, kv_len, heads)
+@lru_cache(maxsize=32)
+def rows(pattern: Pattern, q_len: int, kv_len: int, heads: int = 1) -> Rows:
+    """The key lists of `pattern`, cached. Costs what its spans hold: n^2 for a pattern that promises nothing."""
+    check_sizes(pattern, q_len, kv_len, heads)
     lengths = Lengths(q_len, kv_len)
     variants: dict[Pattern, int] = {}
     head_variant = [variants.setdefault(pattern.for_head(h), len(variants)) for h in range(heads)]
-    counts, columns = [], []
-    for variant in variants:
-        for first in range(0, q_len, 1024):
-            _append(variant, first, min(first + 1024, q_len), lengths, counts, columns)
+    lists = [_lists(variant, lengths) for variant in variants]
+    counts = np.concatenate([[0], *(count for count, _ in lists)])
     return Rows(
-        row_start=_starts(np.concatenate(counts)),
-        columns=torch.from_numpy(np.concatenate(columns)),
-        head_variant=torch.tensor(head_variant, dtype=torch.int32),
-        rows=q_len,
-        cols=kv_len,
+        torch.from_numpy(np.cumsum(counts)),
+        torch.from_numpy(np.concatenate([columns for _, columns in lists])),
+        torch.tensor(head_variant, dtype=torch.int32), q_len, kv_len,
     )
 
 
-_cached = lru_cache(maxsize=64)(build)
+def _lists(pattern, lengths):
+    """Keys of each query: int64 counts `[q_len]` and int32 columns."""
+    counts, columns = [], []
+    for begin in range(0, lengths.q_len, ROWS):
+        i = np.arange(begin, min(begin + ROWS, lengths.q_len)) + lengths.offset
+        group, start, stop = pattern.spans(i, i, lengths)
+        group, start, stop = Spans(group, np.maximum(start, 0), np.minimum(stop, lengths.kv_len)).merged()
+        ends = np.cumsum(stop - start)
+        cuts = np.searchsorted(ends, np.arange(CANDIDATES, ends[-1] if ends.size else 0, CANDIDATES))
+        for piece in np.split(np.arange(group.size), cuts):
+            row, column = _expand(group[piece], start[piece], stop[piece])
+            seen = pattern.allows(torch.from_numpy(i[row]), torch.from_numpy(column), lengths).numpy()
+            counts.append((begin + row)[seen])
+            columns.append(column[seen].astype(np.int32))
+    return np.bincount(np.concatenate(counts), minlength=lengths.q_len), np.concatenate(columns)
 
 
-def rows(pattern: Pattern, q_len: int, kv_len: int, heads: int = 1) -> Rows:
-    """The row table of `pattern`; a second call with equal arguments returns the same object."""
-    return _cached(pattern, q_len, kv_len, heads)
+def _expand(group, start, stop):
+    """Every (group, key) of ascending spans."""
+    counts = stop - start
+    key = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts - start, counts)
+    return np.repeat(group, counts), key
 
 
-def _append(pattern: Pattern, first: int, stop: int, lengths: Lengths, counts: list, columns: list) -> None:
-    """The pairs of the queries first..stop, by halves if their spans hold too many candidates."""
-    i = np.arange(first, stop) + lengths.offset
-    spans = pattern.spans(i, i, lengths)
-    start, end = np.maximum(spans.start, 0), np.minimum(spans.stop, lengths.kv_len)
-    size = np.maximum(end - start, 0)
-    if size.sum() > _CANDIDATES and stop - first > 1:
-        middle = (first + stop) // 2
-        _append(pattern, first, middle, lengths, counts, columns)
-        _append(pattern, middle, stop, lengths, counts, columns)
-        return
-    row = np.repeat(spans.group, size)
-    column = np.arange(size.sum()) + np.repeat(start - (np.cumsum(size) - size), size)
-    place = row * lengths.kv_len + column
-    if not np.all(place[1:] > place[:-1]):
-        place = np.unique(place)
-        row, column = np.divmod(place, lengths.kv_len)
-    allowed = pattern.allows(torch.from_numpy(row + i[0]), torch.from_numpy(column), lengths).numpy()
-    counts.append(np.bincount(row[allowed], minlength=stop - first))
-    columns.append(column[allowed].astype(np.int32))
-
-
-def _starts(counts: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]))
+def _stable_order(values: np.ndarray, bound: int) -> np.ndarray:
+    """Stable argsort of values in [0, bound): numpy sorts 16-bit integers by radix, wider ones by merging."""
+    order = np.argsort((values & 0xFFFF).astype(np.uint16), kind="stable")
+    if bound > 1 << 16:
+        order = order[np.argsort((values[order] >> 16).astype(np.uint16), kind="stable")]
+    return order

@@ -19,6 +19,13 @@ class Lengths(NamedTuple):
         return self.kv_len - self.q_len
 
 
+class Tile(NamedTuple):
+    """Query rows and key columns of a tile of a layout, each a multiple of 64."""
+
+    q: int
+    k: int
+
+
 class Rects(NamedTuple):
     """Rectangles [i0, i1) x [j0, j1) of (query position, key position): int64 arrays of one length."""
 
@@ -48,6 +55,23 @@ class Spans(NamedTuple):
 
     def pick(self, keep: np.ndarray) -> "Spans":
         return Spans(self.group[keep], self.start[keep], self.stop[keep])
+
+    def merged(self) -> "Spans":
+        """The same keys as ascending ranges that are not empty and neither overlap nor touch, group by group."""
+        group, start, stop = self.pick(self.start < self.stop)
+        if group.size == 0:
+            return Spans(group, start, stop)
+        low = start.min()
+        width = int(stop.max() - low) + 1
+        start, stop = group * width + (start - low), group * width + (stop - low)
+        if np.any(start[1:] < start[:-1]):
+            order = np.argsort(start, kind="stable")
+            start, stop = start[order], stop[order]
+        reach = np.maximum.accumulate(stop)
+        opens = np.nonzero(np.append(True, start[1:] > reach[:-1]))[0]
+        start, stop = start[opens], reach[np.append(opens[1:] - 1, len(start) - 1)]
+        group = start // width
+        return Spans(group, start - group * width + low, stop - group * width + low)
 
 
 class Part(NamedTuple):
@@ -103,6 +127,14 @@ class Pattern:
         out[spans.group[start < np.minimum(spans.stop, rects.j1[spans.group])]] = False
         return out
 
+    def bits(self, rects: Rects, tile: Tile, lengths: Lengths) -> np.ndarray:
+        """bool `[n, tile.q, tile.k]`: the pairs of rectangles no larger than a tile. What lies past i1 or j1 means nothing."""
+        # Rows and columns past the end repeat the last one, so that a pattern is only asked about real positions.
+        i = np.minimum(rects.i0[:, None] + np.arange(tile.q), rects.i1[:, None] - 1)
+        j = np.minimum(rects.j0[:, None] + np.arange(tile.k), rects.j1[:, None] - 1)
+        seen = self.allows(torch.from_numpy(i).unsqueeze(2), torch.from_numpy(j).unsqueeze(1), lengths)
+        return seen.expand(len(i), tile.q, tile.k).numpy()
+
     def signature(self, rects: Rects, lengths: Lengths) -> np.ndarray:
         """int64 array; rectangles of equal size and equal signature have equal bits."""
         return np.arange(rects.i0.size, dtype=np.int64)
@@ -116,9 +148,9 @@ class Pattern:
     def mask(self, q_len: int, kv_len: int, heads: int | None = None) -> torch.Tensor:
         """The bool mask, `[q_len, kv_len]`, or `[heads, q_len, kv_len]` when `heads` is given. For small sizes.
 
-        Without `heads`, a pattern that differs per head gives that of head 0.
+        Without `heads`, BigBird gives its head 0; a pattern with one entry for each head needs `heads`.
         """
-        self.check(q_len, kv_len, 1 if heads is None else heads)
+        check_sizes(self, q_len, kv_len, 1 if heads is None else heads)
         lengths = Lengths(q_len, kv_len)
         i = torch.arange(q_len).unsqueeze(1) + lengths.offset
         j = torch.arange(kv_len).unsqueeze(0)
@@ -129,7 +161,7 @@ class Pattern:
 
     def pairs(self, q_len: int, kv_len: int, heads: int = 1) -> int:
         """The exact number of allowed (query, key) pairs, summed over `heads` heads."""
-        self.check(q_len, kv_len, heads)
+        check_sizes(self, q_len, kv_len, heads)
         counts = {}
         total = 0
         for head in range(heads):
@@ -157,6 +189,14 @@ class Pattern:
         from sparse_attention.patterns.compose import Or
 
         return Or(self, other) if isinstance(other, Pattern) else NotImplemented
+
+
+def check_sizes(pattern: Pattern, q_len: int, kv_len: int, heads: int) -> None:
+    """Raise ValueError for sizes that are no sizes, and for those that the pattern cannot apply to."""
+    for name, value in (("q_len", q_len), ("kv_len", kv_len), ("heads", heads)):
+        if not 1 <= value < 2**31:
+            raise ValueError(f"{name} is {value}; expected at least 1 and less than 2**31")
+    pattern.check(q_len, kv_len, heads)
 
 
 def quotient_lengths(lengths: Lengths, stride: int, residue: int) -> Lengths:

@@ -1,4 +1,4 @@
-"""Patterns given as a mask of blocks."""
+"""Patterns whose unit is a square block of pairs."""
 
 from __future__ import annotations
 
@@ -7,15 +7,55 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from sparse_attention.patterns.base import Rects, Spans
+from sparse_attention.patterns.base import Lengths, Pattern, Rects, Spans
 from sparse_attention.patterns.digest import Digested
 from sparse_attention.patterns.validate import set_field
 
 BLOCKS = (16, 32, 64, 128)
 
 
+def check_block(value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value not in BLOCKS:
+        raise ValueError(f"block is {value!r}; expected one of {BLOCKS}")
+
+
+class Blocked(Pattern):
+    """Allows whole blocks; subclasses have a field `block` and say `seen` and `first_row`."""
+
+    def seen(self, row: np.ndarray, column: np.ndarray, lengths: Lengths) -> np.ndarray:
+        """Whether blocks are allowed; int64 arrays that broadcast -> bool array."""
+        raise NotImplementedError(f"{type(self).__name__} must define seen(row, column, lengths)")
+
+    def first_row(self, lengths: Lengths) -> int:
+        """The query position at which block row 0 begins."""
+        return 0
+
+    def allows(self, i, j, lengths):
+        row = (i - self.first_row(lengths)) // self.block
+        return torch.from_numpy(np.asarray(self.seen(row.numpy(), (j // self.block).numpy(), lengths)))
+
+    def block_rects(self, rects: Rects, lengths: Lengths) -> Rects:
+        """The blocks that rectangles touch."""
+        start = self.first_row(lengths)
+        row0, row1 = (rects.i0 - start) // self.block, (rects.i1 - 1 - start) // self.block + 1
+        return Rects(row0, row1, rects.j0 // self.block, (rects.j1 - 1) // self.block + 1)
+
+    def signature(self, rects, lengths):
+        """Where the rectangle cuts its blocks, and a bit for each block: when these fit in 63 bits."""
+        row0, row1, column0, column1 = self.block_rects(rects, lengths)
+        rows, columns = int((row1 - row0).max(initial=1)), int((column1 - column0).max(initial=1))
+        if rows * columns > 48:
+            return super().signature(rects, lengths)
+        row = np.minimum(row0[:, None, None] + np.arange(rows)[:, None], row1[:, None, None] - 1)
+        column = np.minimum(column0[:, None, None] + np.arange(columns), column1[:, None, None] - 1)
+        weights = 1 << np.arange(rows * columns)
+        bits = self.seen(row, column, lengths).reshape(-1, rows * columns) @ weights
+        phase = (rects.i0 - self.first_row(lengths)) % self.block * self.block + rects.j0 % self.block
+        return bits * self.block**2 + phase
+
+
 @dataclass(frozen=True, eq=False)
-class BlockSparse(Digested):
+class BlockSparse(Digested, Blocked):
     """The blocks of `block` x `block` pairs whose entry of `block_mask` is True.
 
     block_mask: bool tensor `[q_blocks, kv_blocks]`, or `[heads, q_blocks, kv_blocks]` for one mask per head. Row r holds
@@ -31,9 +71,8 @@ class BlockSparse(Digested):
         mask = self.block_mask
         if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool or mask.ndim not in (2, 3) or 0 in mask.shape:
             got = f"{mask.dtype} tensor of shape {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else repr(mask)
-            raise ValueError(f"block_mask is {got}; expected a bool tensor [q_blocks, kv_blocks] or [heads, q_blocks, kv_blocks]")
-        if isinstance(self.block, bool) or not isinstance(self.block, int) or self.block not in BLOCKS:
-            raise ValueError(f"block is {self.block!r}; expected one of {BLOCKS}")
+            raise ValueError(f"block_mask is {got}; expected a bool tensor [q_blocks, kv_blocks], or one per head")
+        check_block(self.block)
         set_field(self, "block_mask", mask.detach().to("cpu", copy=True).contiguous())
         self._digest_from(self.block_mask, self.block)
         if mask.ndim == 3:
@@ -62,8 +101,11 @@ class BlockSparse(Digested):
     def for_head(self, head):
         return self._heads[head] if self.block_mask.ndim == 3 else self
 
-    def allows(self, i, j, lengths):
-        return self.block_mask.to(i.device)[(i - lengths.offset) // self.block, j // self.block]
+    def first_row(self, lengths):
+        return lengths.offset
+
+    def seen(self, row, column, lengths):
+        return self.block_mask.numpy()[row, column]
 
     def spans(self, first, last, lengths):
         row0, row1 = (first - lengths.offset) // self.block, (last - lengths.offset) // self.block + 1
@@ -74,13 +116,9 @@ class BlockSparse(Digested):
         group, start = np.nonzero(edge == 1)
         return Spans(group, start * self.block, np.nonzero(edge == -1)[1] * self.block)
 
-    def _blocks(self, rects: Rects, lengths):
-        """Block rectangle of each rectangle: first row, rows stop, first column, columns stop."""
-        i0, i1 = rects.i0 - lengths.offset, rects.i1 - lengths.offset
-        return i0 // self.block, (i1 - 1) // self.block + 1, rects.j0 // self.block, (rects.j1 - 1) // self.block + 1
-
     def _allowed(self, rects, lengths):
-        r0, r1, c0, c1 = self._blocks(rects, lengths)
+        """How many of the blocks that a rectangle touches are allowed, and how many there are."""
+        r0, r1, c0, c1 = self.block_rects(rects, lengths)
         s = self._sums
         return s[r1, c1] - s[r0, c1] - s[r1, c0] + s[r0, c0], (r1 - r0) * (c1 - c0)
 
@@ -91,24 +129,9 @@ class BlockSparse(Digested):
     def empty(self, rects, lengths):
         return self._allowed(rects, lengths)[0] == 0
 
-    def signature(self, rects, lengths):
-        r0, r1, c0, c1 = self._blocks(rects, lengths)
-        rows, columns = int((r1 - r0).max(initial=1)), int((c1 - c0).max(initial=1))
-        phases = self.block * self.block
-        if rows * columns > 48:
-            return super().signature(rects, lengths)
-        mask = self.block_mask.numpy()
-        bits = np.zeros(r0.shape, dtype=np.int64)
-        for r in range(rows):
-            for c in range(columns):
-                inside = (r0 + r < r1) & (c0 + c < c1)
-                seen = mask[np.minimum(r0 + r, mask.shape[0] - 1), np.minimum(c0 + c, mask.shape[1] - 1)]
-                bits = bits * 2 + (seen & inside)
-        phase = (rects.i0 - lengths.offset) % self.block * self.block + rects.j0 % self.block
-        return bits * phases + phase
-
     def _pairs(self, lengths):
-        q = np.minimum(np.arange(1, self.block_mask.shape[0] + 1) * self.block, lengths.q_len)
-        k = np.minimum(np.arange(1, self.block_mask.shape[1] + 1) * self.block, lengths.kv_len)
-        q, k = np.diff(q, prepend=0), np.diff(k, prepend=0)
+        q, k = (
+            np.diff(np.minimum(np.arange(blocks + 1) * self.block, length))
+            for blocks, length in zip(self.block_mask.shape, lengths)
+        )
         return int(q @ self.block_mask.numpy().astype(np.int64) @ k)

@@ -10,10 +10,14 @@ from sparse_attention.patterns.base import Lengths, Part, Pattern, Rects, Spans
 
 
 class _Pair(Pattern):
-    """What `And`, `Or` and `Minus` share: two operands."""
+    """What `And`, `Or` and `Minus` share: two operands, whose bits `combine` turns into one (tensors or arrays)."""
 
     a: Pattern
     b: Pattern
+
+    @staticmethod
+    def combine(a, b):
+        raise NotImplementedError
 
     def check(self, q_len, kv_len, heads):
         self.a.check(q_len, kv_len, heads)
@@ -25,6 +29,12 @@ class _Pair(Pattern):
 
     def quotient(self, stride, residue, lengths):
         return type(self)(self.a.quotient(stride, residue, lengths), self.b.quotient(stride, residue, lengths))
+
+    def bits(self, rects, tile, lengths):
+        return self.combine(self.a.bits(rects, tile, lengths), self.b.bits(rects, tile, lengths))
+
+    def allows(self, i, j, lengths):
+        return self.combine(self.a.allows(i, j, lengths), self.b.allows(i, j, lengths))
 
     def signature(self, rects, lengths):
         a, b = (_ranked_signature(x, rects, lengths) for x in (self.a, self.b))
@@ -48,8 +58,9 @@ class And(_Pair):
     def __repr__(self):
         return f"({self.a!r} & {self.b!r})"
 
-    def allows(self, i, j, lengths):
-        return self.a.allows(i, j, lengths) & self.b.allows(i, j, lengths)
+    @staticmethod
+    def combine(a, b):
+        return a & b
 
     def parts(self, lengths):
         a, b = self.a.parts(lengths), self.b.parts(lengths)
@@ -81,8 +92,9 @@ class Or(_Pair):
     def __repr__(self):
         return f"({self.a!r} | {self.b!r})"
 
-    def allows(self, i, j, lengths):
-        return self.a.allows(i, j, lengths) | self.b.allows(i, j, lengths)
+    @staticmethod
+    def combine(a, b):
+        return a | b
 
     def parts(self, lengths):
         a, b = self.a.parts(lengths), self.b.parts(lengths)
@@ -107,8 +119,9 @@ class Minus(_Pair):
     a: Pattern
     b: Pattern
 
-    def allows(self, i, j, lengths):
-        return self.a.allows(i, j, lengths) & ~self.b.allows(i, j, lengths)
+    @staticmethod
+    def combine(a, b):
+        return a & ~b
 
     def spans(self, first, last, lengths):
         return self.a.spans(first, last, lengths)

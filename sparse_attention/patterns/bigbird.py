@@ -1,0 +1,130 @@
+"""BigBird: global, window and random blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from sparse_attention.patterns.base import Pattern, Rects, Spans
+from sparse_attention.patterns.blocks import Blocked, check_block
+from sparse_attention.patterns.validate import integer, set_field
+
+
+@dataclass(frozen=True)
+class BigBird(Pattern):
+    """Blocks of three kinds, not causal (Zaheer et al. 2020). A query's block row sees
+
+    * the first `globals` blocks, whose own rows see everything;
+    * `window` blocks (odd) centred on its own;
+    * `random` further blocks, drawn without repetition for each head and block row from `seed`; all that are left where
+      fewer are.
+
+    Blocks are those of absolute positions, so q_len may not exceed kv_len. The same arguments and kv_len draw the same blocks.
+    """
+
+    block: int = 64
+    window: int = 3
+    globals: int = 2
+    random: int = 3
+    seed: int = 0
+
+    def __post_init__(self):
+        check_block(self.block)
+        for name, minimum in (("window", 1), ("globals", 0), ("random", 0), ("seed", 0)):
+            set_field(self, name, integer(name, getattr(self, name), minimum))
+        if self.window % 2 == 0:
+            raise ValueError(f"window is {self.window}; expected an odd number of blocks, centred on the query's own")
+
+    def check(self, q_len, kv_len, heads):
+        if q_len > kv_len:
+            raise ValueError(f"q_len is {q_len}; expected at most kv_len, {kv_len}: BigBird has no blocks before position 0")
+
+    def for_head(self, head):
+        return BigBirdHead(self, head)
+
+
+@dataclass(frozen=True)
+class BigBirdHead(Blocked):
+    """What one head of a BigBird pattern sees."""
+
+    bigbird: BigBird
+    head: int
+
+    @property
+    def block(self) -> int:
+        return self.bigbird.block
+
+    def seen(self, row, column, lengths):
+        start, stop = self._table(lengths)
+        out = False
+        for n in range(start.shape[1]):
+            out = out | ((start[row, n] <= column) & (column < stop[row, n]))
+        return out
+
+    def spans(self, first, last, lengths):
+        start, stop = self._table(lengths)
+        row0, row1 = first // self.block, last // self.block
+        rows = [np.minimum(row0 + n, row1) for n in range(int((row1 - row0).max(initial=0)) + 1)]
+        columns = np.concatenate([start[row] for row in rows], axis=1), np.concatenate([stop[row] for row in rows], axis=1)
+        return Spans.of(*((side[0] * self.block, side[1] * self.block) for side in zip(columns[0].T, columns[1].T)))
+
+    def _ranges(self, rects: Rects, lengths):
+        """For each block row a rectangle touches: the row's ranges and the rectangle's columns."""
+        start, stop = self._table(lengths)
+        row0, row1, column0, column1 = self.block_rects(rects, lengths)
+        for n in range(int((row1 - row0).max(initial=0))):
+            row = np.minimum(row0 + n, row1 - 1)
+            yield start[row], stop[row], column0[:, None], column1[:, None]
+
+    def full(self, rects, lengths):
+        out = np.ones(rects.i0.shape, dtype=bool)
+        for start, stop, column0, column1 in self._ranges(rects, lengths):
+            out &= ((start <= column0) & (column1 <= stop)).any(axis=1)
+        return out
+
+    def empty(self, rects, lengths):
+        out = np.ones(rects.i0.shape, dtype=bool)
+        for start, stop, column0, column1 in self._ranges(rects, lengths):
+            out &= ~((start < column1) & (column0 < stop)).any(axis=1)
+        return out
+
+    def _table(self, lengths):
+        return _table(self.bigbird, self.head, -(-lengths.kv_len // self.block))
+
+
+@lru_cache(maxsize=256)
+def _table(bigbird: BigBird, head: int, blocks: int) -> tuple[np.ndarray, np.ndarray]:
+    """The block columns [start, stop) that each block row sees: two int64 arrays `[blocks, n]`; empty ranges are (0, 0)."""
+    row = np.arange(blocks)
+    half = bigbird.window // 2
+    low, high = np.maximum(row - half, bigbird.globals), np.minimum(row + half + 1, blocks)
+    globals_ = min(bigbird.globals, blocks)
+    window = np.maximum(high - low, 0)
+    drawn = _draw(np.random.default_rng([bigbird.seed, head]), blocks - globals_ - window, bigbird.random)
+    chosen = drawn >= 0
+    # Drawn numbers count the blocks that are neither global nor in the window.
+    column = drawn + globals_
+    column = np.where((column >= low[:, None]) & (window > 0)[:, None], column + window[:, None], column)
+    start = np.column_stack([np.zeros(blocks, dtype=np.int64), low, np.where(chosen, column, 0)])
+    stop = np.column_stack([np.full(blocks, globals_), np.maximum(high, low), np.where(chosen, column + 1, 0)])
+    start[:globals_], stop[:globals_] = 0, blocks
+    group, start, stop = Spans(np.repeat(row, start.shape[1]), start.ravel(), stop.ravel()).merged()
+    counts = np.bincount(group, minlength=blocks)
+    place = np.arange(group.size) - np.repeat(np.cumsum(counts) - counts, counts)
+    table = np.zeros((2, blocks, int(counts.max())), dtype=np.int64)
+    table[:, group, place] = start, stop
+    return table[0], table[1]
+
+
+def _draw(rng: np.random.Generator, sizes: np.ndarray, count: int) -> np.ndarray:
+    """`count` distinct numbers below each of `sizes`, -1 past the size: int64 `[len(sizes), count]` (Floyd's sampling)."""
+    out = np.full((sizes.size, count), -1, dtype=np.int64)
+    for n in range(count):
+        top = sizes - count + n
+        enough = sizes >= count
+        number = rng.integers(0, np.maximum(top, 0) + 1)
+        taken = (out == number[:, None]).any(axis=1)
+        out[:, n] = np.where(enough, np.where(taken, top, number), np.where(n < sizes, n, -1))
+    return out
