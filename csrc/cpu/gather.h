@@ -16,7 +16,7 @@ namespace sparse_attention {
 namespace gather {
 
 constexpr int kBlock = 64;           // listed rows per step: their scores and addresses stay in L1
-constexpr int kChunk = 64;           // rows per unit of work: neighbouring rows of a head share keys in cache
+constexpr int kChunk = 256;          // rows per unit of work: neighbouring rows of a head share keys in cache
 constexpr int64_t kWorthThreads = 512;  // pairs: waking a thread costs about 5 us, the time of some hundred pairs
 constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
@@ -71,28 +71,31 @@ struct Step {
       near[r] = a + column * a_stride;
       far[r] = b + column * b_stride;
     }
+    for (int r = n; r % kTogether; ++r) near[r] = near[r - 1], far[r] = far[r - 1];
   }
-  // Asks for the lines of `far` while `near` is being multiplied.
-  void prefetch_far(int dim) const {
-    for (int r = 0; r < n; ++r)
-      for (int d = 0; d < dim; d += 64 / int(sizeof(T))) __builtin_prefetch(far[r] + d);
+  // score[r] = x . near[r], padded to whole vectors with -inf
+  template <class Dim>
+  void multiply_near(const A* x, Dim dim) {
+    dots(x, near, n, dim, score);
+    for (int r = n; r < padded<A>(n); ++r) score[r] = -kInfinity<A>;
   }
-  // score = 2^(score - top) in whole vectors; lanes past n become 0. Returns the sum.
+  // score = 2^(score - top); returns the sum.
   A exponentiate(A top) {
     constexpr int L = Simd<A>::lanes;
-    for (int r = n; r < padded<A>(n); ++r) score[r] = -kInfinity<A>;
     Vec<A> sum = {};
     for (int r = 0; r < n; r += L) {
       const Vec<A> p = exp2_nonpositive<A>(load(score + r) - top);
       store(score + r, p);
       sum += p;
     }
-    return sum_lanes<A>(sum);
+    return reduce<A>(sum, add);
   }
+  // The largest score, NaNs aside.
   A max_score() const {
-    A top = -kInfinity<A>;
-    for (int r = 0; r < n; ++r) top = score[r] > top ? score[r] : top;
-    return top;
+    constexpr int L = Simd<A>::lanes;
+    Vec<A> most = load(score);
+    for (int r = L; r < n; r += L) most = larger(load(score + r), most);
+    return reduce<A>(larger(most, splat(-kInfinity<A>)), larger);
   }
 };
 
@@ -102,22 +105,22 @@ inline A lse_base2(A lse) {
   return lse == -kInfinity<A> ? kInfinity<A> : lse * A(kLog2e);
 }
 
-template <class T>
-inline void forward_row(const ForwardParams& p, const RowsParams& table, int b, int h, int r) {
+template <class T, class Dim>
+inline void forward_row(const ForwardParams& p, const RowsParams& table, Dim dim, int b, int h, int r) {
   using A = Acc<T>;
   alignas(kVectorBytes) A q[kMaxDim], total[kMaxDim];
   Step<T> step;
-  const int dim = p.head_dim, kv_head = h / (p.heads / p.kv_heads);
+  const int kv_head = h / (p.heads / p.kv_heads);
   const T* keys = row_of<T>(p.k, b, kv_head, 0);
   const T* values = row_of<T>(p.v, b, kv_head, 0);
   read_row(row_of<T>(p.q, b, h, r), dim, A(p.scale * kLog2e), q);
-  std::fill(total, total + padded<A>(dim), A(0));
+  if (r + 1 < p.q_len) prefetch_row(row_of<T>(p.q, b, h, r + 1), dim);
+  clear_row(dim, total);
   A top = -kInfinity<A>, sum = 0;
   const RowRange range = range_of(table, h, p.q_len, r);
   for (int64_t start = 0; start < range.count; start += kBlock) {
     step.address(range, start, keys, p.k.row, values, p.v.row);
-    step.prefetch_far(dim);
-    dots(q, step.near, step.n, dim, step.score);
+    step.multiply_near(q, dim);
     const A new_top = std::max(top, step.max_score());
     const A decay = top == -kInfinity<A> ? A(0) : std::exp2(top - new_top);
     if (start > 0) scale_row(decay, dim, total);
@@ -126,18 +129,18 @@ inline void forward_row(const ForwardParams& p, const RowsParams& table, int b, 
     top = new_top;
   }
   const A inverse = sum == A(0) ? A(0) : A(1) / sum;
-  T* out = mutable_row_of<T>(p.out, b, h, r);
-  for (int d = 0; d < dim; ++d) narrow(total[d] * inverse, out + d);
+  scale_row(inverse, dim, total);
+  narrow(total, row_of<T>(p.out, b, h, r), dim);
   A* lse = static_cast<A*>(p.lse) + (int64_t(b) * p.heads + h) * p.q_len + r;
   *lse = sum == A(0) ? -kInfinity<A> : (top + std::log2(sum)) * A(kLn2);
 }
 
-template <class T>
-inline void query_gradient_row(const BackwardParams& p, const RowsParams& table, int b, int h, int r) {
+template <class T, class Dim>
+inline void query_gradient_row(const BackwardParams& p, const RowsParams& table, Dim dim, int b, int h, int r) {
   using A = Acc<T>;
   alignas(kVectorBytes) A q[kMaxDim], dout[kMaxDim], total[kMaxDim];
   Step<T> step;
-  const int dim = p.head_dim, kv_head = h / (p.heads / p.kv_heads);
+  const int kv_head = h / (p.heads / p.kv_heads);
   const T* keys = row_of<T>(p.k, b, kv_head, 0);
   const T* values = row_of<T>(p.v, b, kv_head, 0);
   const int64_t index = (int64_t(b) * p.heads + h) * p.q_len + r;
@@ -145,31 +148,30 @@ inline void query_gradient_row(const BackwardParams& p, const RowsParams& table,
   const A delta = static_cast<const A*>(p.delta)[index];
   read_row(row_of<T>(p.q, b, h, r), dim, A(p.scale * kLog2e), q);
   read_row(row_of<T>(p.dout, b, h, r), dim, A(1), dout);
-  std::fill(total, total + padded<A>(dim), A(0));
+  clear_row(dim, total);
   const RowRange range = range_of(table, h, p.q_len, r);
   for (int64_t start = 0; start < range.count; start += kBlock) {
     step.address(range, start, keys, p.k.row, values, p.v.row);
-    step.prefetch_far(dim);
-    dots(q, step.near, step.n, dim, step.score);
+    step.multiply_near(q, dim);
     dots(dout, step.far, step.n, dim, step.grad);
     step.exponentiate(lse);
     for (int n = 0; n < step.n; ++n) step.grad[n] = step.score[n] * (step.grad[n] - delta);
     combine(step.grad, step.near, step.n, dim, total);
   }
-  A* dq = mutable_row_of<A>(p.dq, b, h, r);
+  A* dq = row_of<A>(p.dq, b, h, r);
   for (int d = 0; d < dim; ++d) dq[d] += A(p.scale) * total[d];
 }
 
-template <class T>
-inline void key_gradient_row(const BackwardParams& p, const RowsParams& table, int b, int kv_head, int t) {
+template <class T, class Dim>
+inline void key_gradient_row(const BackwardParams& p, const RowsParams& table, Dim dim, int b, int kv_head, int t) {
   using A = Acc<T>;
   alignas(kVectorBytes) A k[kMaxDim], v[kMaxDim], total_k[kMaxDim], total_v[kMaxDim];
   Step<T> step;
-  const int dim = p.head_dim, group = p.heads / p.kv_heads;
+  const int group = p.heads / p.kv_heads;
   read_row(row_of<T>(p.k, b, kv_head, t), dim, A(p.scale * kLog2e), k);
   read_row(row_of<T>(p.v, b, kv_head, t), dim, A(1), v);
-  std::fill(total_k, total_k + padded<A>(dim), A(0));
-  std::fill(total_v, total_v + padded<A>(dim), A(0));
+  clear_row(dim, total_k);
+  clear_row(dim, total_v);
   for (int h = kv_head * group; h < (kv_head + 1) * group; ++h) {
     const T* queries = row_of<T>(p.q, b, h, 0);
     const T* douts = row_of<T>(p.dout, b, h, 0);
@@ -178,8 +180,7 @@ inline void key_gradient_row(const BackwardParams& p, const RowsParams& table, i
     const RowRange range = range_of(table, h, p.kv_len, t);
     for (int64_t start = 0; start < range.count; start += kBlock) {
       step.address(range, start, queries, p.q.row, douts, p.dout.row);
-      step.prefetch_far(dim);
-      dots(k, step.near, step.n, dim, step.score);
+      step.multiply_near(k, dim);
       dots(v, step.far, step.n, dim, step.grad);
       const int32_t* listed = range.columns + start;
       for (int n = 0; n < step.n; ++n) step.score[n] -= lse_base2(lse[listed[n]]);
@@ -189,8 +190,8 @@ inline void key_gradient_row(const BackwardParams& p, const RowsParams& table, i
       combine(step.grad, step.near, step.n, dim, total_k);
     }
   }
-  A* dk = mutable_row_of<A>(p.dk, b, kv_head, t);
-  A* dv = mutable_row_of<A>(p.dv, b, kv_head, t);
+  A* dk = row_of<A>(p.dk, b, kv_head, t);
+  A* dv = row_of<A>(p.dv, b, kv_head, t);
   for (int d = 0; d < dim; ++d) dk[d] += A(p.scale) * total_k[d];
   for (int d = 0; d < dim; ++d) dv[d] += total_v[d];
 }
@@ -199,18 +200,23 @@ inline void key_gradient_row(const BackwardParams& p, const RowsParams& table, i
 
 template <class T>
 void gather_forward(const ForwardParams& p, const RowsParams& rows) {
-  const int64_t pairs = gather::count_pairs(rows, p.batch, p.heads, p.q_len);
-  gather::for_each_row(p.batch, p.heads, p.q_len, pairs,
-                       [&](int b, int h, int r) { gather::forward_row<T>(p, rows, b, h, r); });
+  using namespace gather;
+  const int64_t pairs = count_pairs(rows, p.batch, p.heads, p.q_len);
+  with_dim(p.head_dim, [&](auto dim) {
+    for_each_row(p.batch, p.heads, p.q_len, pairs, [&](int b, int h, int r) { forward_row<T>(p, rows, dim, b, h, r); });
+  });
 }
 
 template <class T>
 void gather_backward(const BackwardParams& p, const RowsParams& by_query, const RowsParams& by_key) {
-  const int64_t pairs = gather::count_pairs(by_query, p.batch, p.heads, p.q_len);
-  gather::for_each_row(p.batch, p.heads, p.q_len, pairs,
-                       [&](int b, int h, int r) { gather::query_gradient_row<T>(p, by_query, b, h, r); });
-  gather::for_each_row(p.batch, p.kv_heads, p.kv_len, pairs,
-                       [&](int b, int h, int t) { gather::key_gradient_row<T>(p, by_key, b, h, t); });
+  using namespace gather;
+  const int64_t pairs = count_pairs(by_query, p.batch, p.heads, p.q_len);
+  with_dim(p.head_dim, [&](auto dim) {
+    for_each_row(p.batch, p.heads, p.q_len, pairs,
+                 [&](int b, int h, int r) { query_gradient_row<T>(p, by_query, dim, b, h, r); });
+    for_each_row(p.batch, p.kv_heads, p.kv_len, pairs,
+                 [&](int b, int h, int t) { key_gradient_row<T>(p, by_key, dim, b, h, t); });
+  });
 }
 
 }  // namespace sparse_attention

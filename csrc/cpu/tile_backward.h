@@ -164,8 +164,9 @@ template <class T>
 void tile_backward(const BackwardParams& p, const LayoutParams& by_query, const LayoutParams& by_key) {
   using Scratch = BackwardScratch<Acc<T>>;
   const auto make_scratch = [&] { return Scratch(p.head_dim); };
+  const int64_t madds = tile_madds(3, p.q_len, p.kv_len, p.head_dim);
   for_each_item<Scratch>(
-      work_items(by_query, p.batch, p.heads, [](const View& view) { return view.q_count; }), make_scratch,
+      work_items(by_query, p.batch, p.heads, [](const View& view) { return view.q_count; }), madds, make_scratch,
       [&](const Item& item, Scratch& s) { query_gradient<T>(p, by_query, item, s); });
   // Query heads that share keys add to the same dk and dv, so they go one after the other.
   const int group = p.heads / p.kv_heads;
@@ -174,7 +175,7 @@ void tile_backward(const BackwardParams& p, const LayoutParams& by_query, const 
     std::vector<Item> of_member;
     for (const Item& item : items)
       if (item.head % group == member) of_member.push_back(item);
-    for_each_item<Scratch>(of_member, make_scratch,
+    for_each_item<Scratch>(of_member, madds, make_scratch,
                            [&](const Item& item, Scratch& s) { key_gradient<T>(p, by_key, item, s); });
   }
 }

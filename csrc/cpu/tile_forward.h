@@ -136,7 +136,7 @@ void tile_forward(const ForwardParams& p, const LayoutParams& layout) {
   using Scratch = ForwardScratch<Acc<T>>;
   const auto items = work_items(layout, p.batch, p.heads, [](const View& view) { return view.q_count; });
   for_each_item<Scratch>(
-      items, [&] { return Scratch(p.head_dim); },
+      items, tile_madds(2, p.q_len, p.kv_len, p.head_dim), [&] { return Scratch(p.head_dim); },
       [&](const Item& item, Scratch& scratch) { forward_item<T>(p, layout, item, scratch); });
 }
 

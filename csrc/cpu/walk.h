@@ -42,16 +42,26 @@ inline std::vector<Item> work_items(const LayoutParams& layout, int batch, int h
   return items;
 }
 
-// Calls body(item, scratch) for each item on all threads; `Scratch` is made once a thread.
+// Multiply-adds that are worth waking other threads for: about 10 us of one core, twice what waking costs.
+constexpr int64_t kWorthThreads = 500'000;
+
+// Calls body(item, scratch) for each item on all threads; `Scratch` is made once a thread. `madds` is the work of one tile.
 template <class Scratch, class MakeScratch, class Body>
-inline void for_each_item(const std::vector<Item>& items, MakeScratch make_scratch, Body body) {
+inline void for_each_item(const std::vector<Item>& items, int64_t madds, MakeScratch make_scratch, Body body) {
   const int64_t n = int64_t(items.size());
-#pragma omp parallel if (n > 1)
+  int64_t tiles = 0;
+  for (const Item& item : items) tiles += item.cost;
+#pragma omp parallel if (n > 1 && tiles * madds > kWorthThreads)
   {
     Scratch scratch = make_scratch();
 #pragma omp for schedule(dynamic, 1)
     for (int64_t x = 0; x < n; ++x) body(items[x], scratch);
   }
+}
+
+// Multiply-adds of `products` products over one tile of a problem of these sizes.
+inline int64_t tile_madds(int products, int q_len, int kv_len, int dim) {
+  return int64_t(products) * std::min(kTile, q_len) * std::min(kTile, kv_len) * dim;
 }
 
 // The live rows of a visited tile and, for each group of lanes, the interval of them that the group needs.
