@@ -1,0 +1,237 @@
+"""python -m sparse_attention.breakeven: list, run, gate, plan, regate, selftest."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+from . import machine, selftest, table
+from .case import Case, select
+from .progress import Progress, Silent, duration
+from .race import Race, Settings
+from .result import results
+from .statistics import blocks_to_detect
+from .store import Run
+from .verdict import ExitCode, Policy, Sequential, TwoStage, exit_code
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.command(options))
+    except LookupError as error:
+        print(f"breakeven: {error.args[0]}", file=sys.stderr)
+        return int(ExitCode.NOTHING_CHECKED)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"breakeven: {error}", file=sys.stderr)
+        return int(ExitCode.USAGE)
+
+
+def _list(options) -> int:
+    cases = _cases(options)
+    if options.json:
+        _write_json(options.json, [case.as_dict() for case in cases])
+    for case in cases:
+        against = f"limit {table.seconds(case.limit_s)}" if case.limit_s is not None else f"floor {case.floor:.3g}x"
+        print(f"{case.id:<40} {against:<16} {' '.join(case.tags)}")
+    return ExitCode.OK if cases else ExitCode.NOTHING_CHECKED
+
+
+def _run(options) -> int:
+    return _measured(options, gate=False)
+
+
+def _gate(options) -> int:
+    return _measured(options, gate=True)
+
+
+def _measured(options, gate: bool) -> int:
+    cases, settings = _cases(options), _settings(options)
+    if options.dry_run:
+        print(f"{len(cases)} cases, at least {settings.policy.blocks} blocks, {settings.threads} threads,", end=" ")
+        print(f"{duration(settings.budget_s)} at most, on {machine.machine_class(settings.device)}:")
+        for case in cases:
+            print(f"  {case.id}")
+        return ExitCode.OK
+    run = _race(cases, settings, options)
+    found = results(run, settings.policy)
+    print(table.headline(run, found))
+    print(table.text(found))
+    if options.markdown:
+        with open(options.markdown, "a") as f:
+            f.write(f"{table.headline(run, found)}\n\n{table.markdown(found)}\n\n{table.tally(found)}\n")
+    code = exit_code((r.verdict for r in found), options.strict, options.allow_not_evaluated)
+    if not gate and code not in (ExitCode.WRONG, ExitCode.NOTHING_CHECKED):
+        code = ExitCode.OK
+    print(f"{table.tally(found)}   exit {int(code)} in {duration(run.elapsed_s)}")
+    return code
+
+
+def _plan(options) -> int:
+    """How many blocks and minutes each case needs, from the noise of a stored or a fresh run."""
+    settings = _settings(options)
+    run = Run.load(options.run) if options.run else _race(_cases(options), settings, options)
+    blocks_s = [e["ready_s"] + e["measured_s"] for e in run.evidence]
+    block_s = sum(blocks_s) / max(len(blocks_s), 1)
+    rows = []
+    for found in results(run, settings.policy):
+        if found.interval is None or found.interval.blocks < 2:
+            print(f"{found.id:<40} nothing measured: {found.reason}")
+            continue
+        rows.append((found.id, found.interval.sd, blocks_to_detect(found.interval.sd, options.detect, options.alpha)))
+    for name, sd, blocks in rows:
+        print(f"{name:<40} block sd {100 * sd:4.1f} %   {blocks if blocks else 'more than 1000'} blocks")
+    most = [blocks for _, _, blocks in rows if blocks]
+    if not most:
+        return ExitCode.NOTHING_CHECKED
+    print(
+        f"a slowdown of {options.detect:.1%} in any of these, with 95 % power at alpha {options.alpha}: "
+        f"{max(most)} blocks of {block_s:.0f} s, {duration(max(most) * block_s)} minutes"
+    )
+    return ExitCode.OK
+
+
+def _regate(options) -> int:
+    run = Run.load(options.run)
+    chosen = {case.id for case in select([r.case for r in run.records.values()], options.cases, "full")}
+    found = [r for r in results(run, _policy(options)) if r.id in chosen]
+    print(table.headline(run, found))
+    print(table.text(found))
+    if options.json:
+        _write_json(options.json, {r.id: r.as_dict() for r in found})
+    code = exit_code((r.verdict for r in found), options.strict, options.allow_not_evaluated)
+    print(f"{table.tally(found)}   exit {int(code)}")
+    return code
+
+
+def _selftest(options) -> int:
+    rates = selftest.operating_characteristics(_policy(options), runs=options.runs, seed=options.seed)
+    print(selftest.report(rates))
+    unsound = selftest.verdicts(rates)
+    for line in unsound:
+        print(line)
+    print("unsound" if unsound else "sound")
+    return ExitCode.WRONG if unsound else ExitCode.OK
+
+
+def _race(cases: Sequence[Case], settings: Settings, options) -> Run:
+    path = options.json or options.resume
+    resume = Run.load(options.resume) if options.resume else None
+    progress = Silent() if options.quiet else Progress()
+    race = Race(cases, settings, progress, save=lambda run: run.save(path) if path else None, resume=resume)
+    run = race.execute()
+    progress.done()
+    return run
+
+
+def _cases(options) -> list[Case]:
+    name, _, attribute = options.table.partition(":")
+    sys.path.insert(0, os.getcwd())
+    return select(getattr(importlib.import_module(name), attribute or "CASES"), options.cases, options.sizes)
+
+
+def _settings(options) -> Settings:
+    return Settings(
+        budget_s=options.budget,
+        threads=options.threads,
+        policy=_policy(options),
+        device=options.device,
+        seed=options.seed,
+    )
+
+
+def _policy(options) -> Policy:
+    if options.policy == "sequential":
+        return Sequential(alpha=options.alpha)
+    return TwoStage(second_alpha=options.alpha)
+
+
+def _write_json(path: str, data) -> None:
+    with open(path, "w") as f:
+        json.dump(data, f, indent=1)
+
+
+def seconds(text: str) -> float:
+    """'90', '90s' or '1.5m' in seconds."""
+    unit = {"s": 1.0, "m": 60.0, "h": 3600.0}.get(text[-1:])
+    try:
+        value = float(text[:-1]) * unit if unit else float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a time such as 90, 90s or 1.5m, got {text!r}")
+    return value
+
+
+def fraction(text: str) -> float:
+    """'5%' or '0.05', strictly between 0 and 1."""
+    try:
+        value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"expected a share such as 5% or 0.05, got {text!r}")
+    return value
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
+    return int(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m sparse_attention.breakeven", description=_DESCRIPTION)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    selecting = argparse.ArgumentParser(add_help=False)
+    selecting.add_argument("--table", default="perf.cases:CASES", help="module:name of the list of cases")
+    selecting.add_argument("--cases", action="append", default=[], metavar="PATTERN", help="shell pattern on ids and tags")
+    selecting.add_argument("--sizes", choices=("default", "full"), default="default", help="full: also the largest cases")
+    selecting.add_argument("--json", metavar="FILE", help="write everything here; while measuring, after every block")
+
+    judging = argparse.ArgumentParser(add_help=False)
+    judging.add_argument("--policy", choices=("two-stage", "sequential"), default="two-stage")
+    judging.add_argument("--alpha", type=fraction, default=0.01, help="error probability of the deciding look")
+    judging.add_argument("--strict", action="store_true", help="exit 11 when a case is inconclusive")
+    judging.add_argument("--allow-not-evaluated", action="store_true", help="do not exit 12 when one could not be judged")
+    judging.add_argument("--seed", type=int, default=0)
+
+    measuring = argparse.ArgumentParser(add_help=False)
+    measuring.add_argument("--budget", type=seconds, default=Settings.budget_s, metavar="TIME", help="such as 60s or 5m")
+    measuring.add_argument("--threads", type=positive, default=machine.cores())
+    measuring.add_argument("--device", choices=("cpu", "cuda", "cuda-graph"), default="cpu")
+    measuring.add_argument("--resume", metavar="FILE", help="go on from a run that was cut short")
+    measuring.add_argument("--dry-run", action="store_true", help="say what would be measured")
+    measuring.add_argument("--markdown", metavar="FILE", help="append the table to this file")
+    measuring.add_argument("--quiet", action="store_true", help="no progress")
+
+    def command(name, function, parents, text):
+        added = commands.add_parser(name, parents=parents, help=text, description=text)
+        added.set_defaults(command=function)
+        return added
+
+    command("list", _list, [selecting], "list the cases")
+    command("run", _run, [selecting, judging, measuring], "measure and show; verdicts do not change the exit code")
+    command("gate", _gate, [selecting, judging, measuring], "measure and judge; exit 10 for below break-even")
+    plan = command("plan", _plan, [selecting, judging, measuring], "how many blocks and minutes a slowdown takes here")
+    plan.add_argument("--detect", type=fraction, default=0.05, help="slowdown to find, such as 5%%")
+    plan.add_argument("--run", metavar="FILE", help="take the noise from this stored run instead of measuring")
+    regate = command("regate", _regate, [judging], "judge a stored run again, with other error rates")
+    regate.add_argument("run", metavar="FILE")
+    regate.add_argument("--cases", action="append", default=[], metavar="PATTERN")
+    regate.add_argument("--json", metavar="FILE")
+    check = command("selftest", _selftest, [judging], "the verdict code against noise whose truth is known")
+    check.add_argument("--runs", type=positive, default=400, help="simulated gates for each noise and slowdown")
+    return parser
+
+
+_DESCRIPTION = (
+    "A performance gate with a known error rate. Exit codes: 0 ok, 1 wrong output, 2 usage, 10 below break-even, "
+    "11 inconclusive (--strict), 12 not evaluated, 13 nothing was checked."
+)

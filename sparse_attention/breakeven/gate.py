@@ -1,0 +1,185 @@
+"""What a pytest session knows about performance: which tests race, what was measured, and the exit code that follows."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import warnings
+from typing import Literal
+
+import pytest
+
+from . import machine, table
+from .case import Case, Workload
+from .compare import BlockWriter, Comparisons
+from .progress import Progress, Silent
+from .race import Race, Settings
+from .replay import prepare, replay
+from .result import Result, results
+from .store import Run
+from .verdict import ExitCode, Sequential, TwoStage, Verdict, exit_code
+
+
+class Inconclusive(UserWarning):
+    """A case could be judged neither above nor below its floor."""
+
+
+class Gate:
+    """Registered as a plugin of its own, so that its methods are hooks."""
+
+    def __init__(self, config: pytest.Config):
+        self._config = config
+        option = config.option
+        policy = Sequential() if option.breakeven_policy == "sequential" else TwoStage()
+        self._settings = Settings(option.breakeven_budget, option.breakeven_threads, policy)
+        self._worker = option.breakeven_worker and BlockWriter(option.breakeven_worker, option.breakeven_threads)
+        self._comparisons = Comparisons(config, policy, option.breakeven_threads)
+        self._cases: dict[str, Case] = {}
+        self._run: Run | None = None
+        self._raced: dict[str, Result] = {}
+        self._compared: dict[str, Result] = {}
+        self._slow_nodes: set[str] = set()
+        self._other_failures = 0
+        self._code: ExitCode | None = None
+
+    def race(self, request: pytest.FixtureRequest, case: Case, impl: Literal["dense", "sparse"]) -> Result:
+        """Measure everything selected, once; hand this half's times to pytest-benchmark; judge in the sparse half."""
+        if impl not in ("dense", "sparse"):
+            raise ValueError(f"impl must be 'dense' or 'sparse', got {impl!r}")
+        if self._run is None:
+            self._measure({**self._cases, case.id: case})
+        found = self._raced[case.id]
+        record = self._run.records[case.id]
+        if record.blocks and self._config.pluginmanager.hasplugin("benchmark"):
+            samples = [s for b in record.blocks for s in (b.candidate_s if impl == "sparse" else b.baseline_s)]
+            replay(request, samples, {"breakeven": found.as_dict()})
+        if impl == "sparse":
+            self._conclude(request, found)
+        return found
+
+    def compare(self, request: pytest.FixtureRequest, key: str, workload: Workload, floor: float) -> Result:
+        """Judge two callables of a running test; in a worker, measure one block of them instead."""
+        case = Case(key, "pytest:test", floor=floor)
+        if self._worker:
+            self._worker.block(key, workload)
+            return Result(key, Verdict.INCONCLUSIVE, floor)
+        with self._shown() as progress:
+            found = self._comparisons.judge(key, request.node.nodeid, case, progress)
+        self._compared[key] = found
+        self._conclude(request, found)
+        return found
+
+    @property
+    def results(self) -> list[Result]:
+        return [*self._raced.values(), *self._compared.values()]
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items):
+        for item in items:
+            case = getattr(item, "callspec", None) and item.callspec.params.get("case")
+            if isinstance(case, Case) and "breakeven_race" in item.fixturenames:
+                self._cases[case.id] = case
+                if self._config.pluginmanager.hasplugin("benchmark"):
+                    prepare(item, group=case.id)
+            elif "breakeven" in getattr(item, "fixturenames", ()):
+                self._comparisons.nodes[item.nodeid] = f"{item.path}::{item.nodeid.partition('::')[2]}"
+        if self._selected and not self._worker and not self._config.option.collectonly:
+            self._refuse_what_would_judge_nothing()
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed and report.nodeid not in self._slow_nodes:
+            self._other_failures += 1
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session, exitstatus):
+        judging = self._selected and not self._worker and not self._config.option.collectonly
+        if not judging or int(exitstatus) not in (0, 1) or self._other_failures:
+            return
+        option = self._config.option
+        verdicts = [r.verdict for r in self.results]
+        if verdicts or not option.breakeven_allow_not_evaluated:
+            self._code = exit_code(verdicts, option.breakeven_strict, option.breakeven_allow_not_evaluated)
+            session.exitstatus = self._code
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_terminal_summary(self, terminalreporter, exitstatus):
+        if not self.results:
+            return
+        terminalreporter.section("break-even")
+        if self._run is not None:
+            raced = list(self._raced.values())
+            terminalreporter.write_line(table.headline(self._run, raced))
+            terminalreporter.write_line(table.text(raced))
+        if self._compared:
+            terminalreporter.write_line(table.text(list(self._compared.values()), ("baseline", "candidate")))
+        code = self._code if self._code is not None else exitstatus
+        terminalreporter.write_line(f"{table.tally(self.results)}   exit {int(code)}")
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_benchmark_update_machine_info(self, config, machine_info):
+        machine_info["breakeven"] = machine.describe()
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_benchmark_update_json(self, config, benchmarks, output_json):
+        output_json["breakeven"] = {r.id: r.as_dict() for r in self.results}
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_benchmark_compare_machine_info(self, config, benchmarksession, machine_info, compared_benchmark):
+        here = machine_info.get("breakeven", {}).get("class")
+        there = compared_benchmark["machine_info"].get("breakeven", {}).get("class")
+        if here != there:
+            message = f"times of {there} are compared with times of {here}: only ratios travel"
+            benchmarksession.logger.warning(message)
+
+    @property
+    def _selected(self) -> bool:
+        return bool(self._cases or self._comparisons.nodes)
+
+    def _measure(self, cases: dict[str, Case]) -> None:
+        path = self._config.option.breakeven_json
+        with self._shown() as progress:
+            race = Race(cases.values(), self._settings, progress, save=lambda run: run.save(path) if path else None)
+            self._run = race.run
+            race.execute()
+            progress.done()
+        self._raced = {r.id: r for r in results(self._run, self._settings.policy)}
+
+    def _conclude(self, request: pytest.FixtureRequest, found: Result) -> None:
+        request.node.user_properties.append(("breakeven", found.as_dict()))
+        if found.verdict is Verdict.WRONG:
+            pytest.fail(f"{found.id}: wrong, so it has no time: {found.reason}", pytrace=False)
+        if found.verdict is Verdict.NOT_EVALUATED:
+            pytest.skip(f"not evaluated: {found.reason}")
+        if found.verdict is Verdict.INCONCLUSIVE:
+            warnings.warn(Inconclusive(f"{found.id}: {found.reason or 'the interval holds the floor'}"), stacklevel=2)
+        if found.verdict is Verdict.FAIL:
+            self._slow_nodes.add(request.node.nodeid)
+            interval = found.interval
+            pytest.fail(
+                f"{found.id}: {interval.speedup:.3g}x [{interval.low:.3g}, {interval.high:.3g}] of the baseline's speed, "
+                f"below {found.floor:.3g}x",
+                pytrace=False,
+            )
+
+    def _refuse_what_would_judge_nothing(self) -> None:
+        option = self._config.option
+        if hasattr(self._config, "workerinput") or getattr(option, "numprocesses", None):
+            raise pytest.UsageError("break-even tests time one thing at a time: run them without xdist (-n 0)")
+        for name in ("benchmark_disable", "benchmark_skip"):
+            if getattr(option, name, False):
+                flag = "--" + name.replace("_", "-")
+                raise pytest.UsageError(f"{flag} would judge nothing: leave it out, or deselect the break-even tests")
+        if os.environ.get("CUDA_LAUNCH_BLOCKING") == "1":
+            raise pytest.UsageError("CUDA_LAUNCH_BLOCKING=1 times every launch: unset it for break-even tests")
+
+    @contextlib.contextmanager
+    def _shown(self):
+        """Progress on the real standard error, unless pytest was told to be quiet."""
+        if self._config.option.verbose < 0:
+            yield Silent()
+            return
+        capture = self._config.pluginmanager.getplugin("capturemanager")
+        with capture.global_and_fixture_disabled() if capture else contextlib.nullcontext():
+            sys.stderr.write("\n")
+            yield Progress(sys.stderr)

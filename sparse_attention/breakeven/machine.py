@@ -1,0 +1,173 @@
+"""Where a number comes from: machine class, versions, commit; and the evidence of noise around it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+# (vendor, family, first model, last model) -> microarchitecture, from the vendors' processor tables
+_MICROARCHITECTURES = [
+    ("AuthenticAMD", 23, 0x00, 0x2F, "zen"),
+    ("AuthenticAMD", 23, 0x30, 0xFF, "zen2"),
+    ("AuthenticAMD", 25, 0x10, 0x1F, "zen4"),
+    ("AuthenticAMD", 25, 0x60, 0xAF, "zen4"),
+    ("AuthenticAMD", 25, 0x00, 0x5F, "zen3"),
+    ("AuthenticAMD", 26, 0x00, 0xFF, "zen5"),
+    ("GenuineIntel", 6, 0x3C, 0x3F, "haswell"),
+    ("GenuineIntel", 6, 0x4F, 0x4F, "broadwell"),
+    ("GenuineIntel", 6, 0x55, 0x55, "skylake-server"),
+    ("GenuineIntel", 6, 0x6A, 0x6C, "icelake-server"),
+    ("GenuineIntel", 6, 0x8F, 0x8F, "sapphirerapids"),
+    ("GenuineIntel", 6, 0xCF, 0xCF, "emeraldrapids"),
+    ("GenuineIntel", 6, 0xAD, 0xAE, "graniterapids"),
+]
+
+
+def cores() -> int:
+    """Cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def pinned(threads: int) -> list[int]:
+    """The cores to which a worker of `threads` threads is pinned: the last ones, since interrupts favour the first."""
+    if not hasattr(os, "sched_getaffinity"):
+        return []
+    return sorted(os.sched_getaffinity(0))[-threads:]
+
+
+def machine_class(device: str = "cpu") -> str:
+    """A name shared by machines whose ratios may be compared, such as `cpu/zen4/2c` or `cuda/h100`."""
+    if device != "cpu":
+        import torch
+
+        words = torch.cuda.get_device_name().lower().replace("nvidia", "").replace("geforce", "").split()
+        return f"cuda/{words[0]}"
+    return f"cpu/{_microarchitecture(_cpuinfo())}/{cores()}c"
+
+
+def describe(device: str = "cpu") -> dict[str, Any]:
+    """What a reader needs beside a number. Imports nothing heavy."""
+    info = _cpuinfo()
+    commit, dirty = _commit()
+    return {
+        "class": machine_class(device),
+        "cpu": info.get("model name", platform.processor() or platform.machine()),
+        "cores": cores(),
+        "memory_bytes": _memory_bytes(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in ("sparse-attention", "torch", "numpy", "pytest-benchmark")},
+        "commit": commit,
+        "dirty": dirty,
+        "load": _load(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Counters of this process and its machine; the difference of two is the evidence about what ran between."""
+
+    wall_s: float
+    cpu_s: float  # all threads
+    involuntary: int  # context switches forced on this process's threads
+    steal_s: float  # time the hypervisor gave to others, over all cores
+
+    @classmethod
+    def now(cls, with_steal: bool = False) -> Usage:
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        return cls(time.perf_counter(), time.process_time(), used.ru_nivcsw, _steal_s() if with_steal else 0.0)
+
+    def since(self, start: Usage) -> Usage:
+        return Usage(
+            self.wall_s - start.wall_s,
+            self.cpu_s - start.cpu_s,
+            self.involuntary - start.involuntary,
+            self.steal_s - start.steal_s,
+        )
+
+    @property
+    def contended(self) -> bool:
+        """Whether others took the processor. On an idle machine two OpenMP threads on two cores see 15 to 75 switches a
+        second, with one busy neighbour 165 and more; one thread sees few either way, but then stands still for a slice.
+        """
+        preempted = self.involuntary > 2 + 80 * self.wall_s
+        stood_still = self.involuntary >= 1 and self.cpu_s < 0.85 * self.wall_s
+        return preempted or stood_still
+
+
+def _microarchitecture(info: dict[str, str]) -> str:
+    vendor = info.get("vendor_id", "")
+    try:
+        family, model = int(info["cpu family"]), int(info["model"])
+    except (KeyError, ValueError):
+        return platform.machine().lower() or "unknown"
+    for known_vendor, known_family, first, last, name in _MICROARCHITECTURES:
+        if vendor == known_vendor and family == known_family and first <= model <= last:
+            return name
+    return f"{vendor.lower()}-{family}-{model}"
+
+
+def _cpuinfo() -> dict[str, str]:
+    try:
+        with open("/proc/cpuinfo") as f:
+            first = f.read().split("\n\n")[0]
+    except OSError:
+        return {}
+    pairs = (line.split(":", 1) for line in first.splitlines() if ":" in line)
+    return {key.strip(): value.strip() for key, value in pairs}
+
+
+def _memory_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        return None
+
+
+def _load() -> float | None:
+    try:
+        return round(os.getloadavg()[0], 2)
+    except OSError:
+        return None
+
+
+def _steal_s() -> float:
+    try:
+        with open("/proc/stat") as f:
+            return int(f.readline().split()[8]) / os.sysconf("SC_CLK_TCK")
+    except (OSError, IndexError):
+        return 0.0
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> tuple[str | None, bool]:
+    """Commit of the source tree this package is imported from, and whether it has changes; (None, False) outside one."""
+    here = os.path.dirname(os.path.abspath(sys.modules[__name__].__file__))
+
+    def git(*arguments):
+        return subprocess.run(["git", "-C", here, *arguments], capture_output=True, text=True, timeout=10)
+
+    try:
+        head = git("rev-parse", "HEAD")
+        if head.returncode:
+            return None, False
+        changes = git("status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.TimeoutExpired):
+        return None, False
+    return head.stdout.strip(), bool(changes.stdout.strip())

@@ -1,0 +1,74 @@
+"""The pytest plugin: `breakeven_race` for tables of cases, `breakeven` for two callables in anybody's test, and the exit codes.
+
+Works without pytest-benchmark; with it, its table, JSON and compare hold the measured samples.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import pytest
+
+from . import machine
+from .case import Case, Workload
+from .cli import positive, seconds
+from .compare import same_as_baseline
+from .gate import Gate
+from .race import Settings
+from .result import Result
+
+_KEY: pytest.StashKey[Gate] = pytest.StashKey()
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("breakeven", "performance against a baseline")
+    group.addoption("--breakeven-budget", type=seconds, default=Settings.budget_s, metavar="TIME", help="such as 60s or 5m")
+    group.addoption("--breakeven-threads", type=positive, default=machine.cores(), metavar="N")
+    group.addoption("--breakeven-policy", choices=("two-stage", "sequential"), default="two-stage")
+    group.addoption("--breakeven-json", metavar="FILE", help="store the run, with the times of every block")
+    group.addoption("--breakeven-strict", action="store_true", help="exit 11 when a case is inconclusive")
+    group.addoption("--breakeven-allow-not-evaluated", action="store_true", help="do not exit 12 when one was not judged")
+    group.addoption("--breakeven-worker", help=argparse.SUPPRESS)
+
+
+def pytest_configure(config):
+    config.stash[_KEY] = Gate(config)
+    config.pluginmanager.register(config.stash[_KEY], "breakeven-gate")
+
+
+@pytest.fixture
+def breakeven_race(request) -> Callable[..., Result]:
+    """`breakeven_race(case, impl)` for a table's rows: all selected cases are raced when the first test asks; the "sparse" half carries the verdict."""
+    gate = request.config.stash[_KEY]
+
+    def run(case: Case, impl: Literal["dense", "sparse"] = "sparse") -> Result:
+        return gate.race(request, case, impl)
+
+    return run
+
+
+@pytest.fixture
+def breakeven(request) -> Callable[..., Result]:
+    """`breakeven(candidate, baseline, at_least=1.0, check=..., inputs=())`: fails below `at_least` times the baseline's
+    speed. `check` takes the candidate's output and raises when it is wrong (by default it must equal the baseline's);
+    `inputs` are tensors or arrays that may be changed in place, to find out outputs kept from an earlier call.
+    """
+    gate = request.config.stash[_KEY]
+    calls = 0
+
+    def compare(
+        candidate: Callable[[], Any],
+        baseline: Callable[[], Any],
+        at_least: float = 1.0,
+        check: Callable[[Any], None] | None = None,
+        inputs: Sequence[Any] = (),
+    ) -> Result:
+        nonlocal calls
+        calls += 1
+        key = request.node.nodeid if calls == 1 else f"{request.node.nodeid} #{calls}"
+        workload = Workload(candidate, {"baseline": baseline}, check or same_as_baseline(baseline), inputs)
+        return gate.compare(request, key, workload, at_least)
+
+    return compare

@@ -1,0 +1,206 @@
+"""Running a race: scout once, then block after block, each a fresh process, until every case is judged or time is up."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from . import machine, process, sampling
+from .case import Case
+from .clock import CLOCKS
+from .progress import Progress, duration
+from .result import judge_record
+from .store import Block, Record, Run
+from .verdict import Policy, TwoStage
+
+
+@dataclass(frozen=True)
+class Settings:
+    budget_s: float = 280.0  # wall time for everything, builds included
+    threads: int = field(default_factory=machine.cores)
+    policy: Policy = TwoStage()
+    device: str = "cpu"
+    seed: int = 0
+    first_look_share: float = 0.62  # of the time left after scouting; the rest is for second looks and columns
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**vars(self), "policy": {"name": type(self.policy).__name__, **vars(self.policy)}}
+
+    @property
+    def cores(self) -> list[int]:
+        return machine.pinned(self.threads)
+
+
+class Race:
+    """One run over `cases`; `save` is called with the run after each step, so that it can be resumed."""
+
+    def __init__(
+        self,
+        cases: Iterable[Case],
+        settings: Settings,
+        progress: Progress,
+        save: Callable[[Run], None] = lambda run: None,
+        resume: Run | None = None,
+    ):
+        records = {case.id: Record(case) for case in cases}
+        if resume is not None:
+            _require_same(resume, records, settings)
+        self.settings, self.progress, self._save = settings, progress, save
+        self.run = resume or Run(machine.describe(settings.device), settings.as_dict(), records)
+        self._start = time.perf_counter()
+        self._overhead_s: float | None = None  # of one block: starting, building, checking twice
+
+    def execute(self) -> Run:
+        """Scout, measure and time the columns; returns the run."""
+        self.scout()
+        self.measure()
+        self.columns()
+        self._keep()
+        return self.run
+
+    @property
+    def left_s(self) -> float:
+        return self.settings.budget_s - (time.perf_counter() - self._start)
+
+    def scout(self) -> None:
+        """Build and check every case that has not been; a case whose process dies is set aside as wrong."""
+        while missing := [r.case for r in self.run.records.values() if not r.scout]:
+            try:
+                found = self._worker("scout", missing, "scouting")
+            except process.WorkerDied as died:
+                culprit = died.case or missing[0].id
+                self.run.records[culprit].scout = {"status": "wrong", "reason": str(died)}
+                continue
+            for case_id, entry in found.items():
+                self.run.records[case_id].scout = entry
+        self._keep()
+        ready = sum(r.ready for r in self.run.records.values())
+        self.progress.line(f"{ready} of {len(self.run.records)} cases build and are correct ({duration(self.elapsed_s)})")
+
+    def measure(self) -> None:
+        """Blocks until the policy is satisfied everywhere or the time is used."""
+        first = self.settings.policy.blocks
+        looks_end = self.left_s * (1 - self.settings.first_look_share)  # time left when the first look should be over
+        tries = 0
+        while pending := self._pending(first_look=True):
+            if tries >= 2 * first or self.left_s < 0 or self._hopeless():
+                break
+            to_go = max(self._judged(r).more for r in pending)
+            self._block(pending, (self.left_s - looks_end) / max(to_go, 1))
+            tries += 1
+        while chosen := self._affordable(self._pending(first_look=False)):
+            to_go = max(self._judged(r).more for r in chosen)
+            self._block(chosen, self.left_s / to_go)
+
+    def columns(self) -> None:
+        """Further rivals of the cases that name some, in the time that is left."""
+        wanted = [r.case for r in self.run.records.values() if r.case.columns and r.ready and not r.columns]
+        if not wanted or self.left_s < 5:
+            return
+        try:
+            found = self._worker("columns", wanted, "further rivals", budget_s=self.left_s, timeout_s=self.left_s + 60)
+        except process.WorkerDied as died:
+            self.progress.line(f"further rivals: {died}")
+            return
+        for case_id, entry in found.items():
+            self.run.records[case_id].columns = entry
+
+    @property
+    def elapsed_s(self) -> float:
+        return time.perf_counter() - self._start
+
+    def planned(self, records: list[Record], block_s: float) -> tuple[dict[str, sampling.GroupPlan], float]:
+        """How each group would be measured in a block of about `block_s` seconds, and how long that takes."""
+        groups: dict[str, dict[str, float]] = {}
+        for record in records:
+            members = groups.setdefault(record.case.share or record.case.id, {})
+            members[record.case.id] = record.scout["candidate_s"]
+            if record.baseline is not None:
+                members[""] = record.scout["baselines"][record.baseline]
+        least_s = CLOCKS[self.settings.device].least_s
+        plans = sampling.plan(groups, least_s, block_s - self._overhead(records))
+        return plans, sampling.planned_seconds(groups, plans) + self._overhead(records)
+
+    def _block(self, records: list[Record], block_s: float) -> None:
+        number = len(self.run.evidence)
+        plans, _ = self.planned(records, block_s)
+        what = f"block {number + 1} of {self.settings.policy.blocks}+, {len(records)} cases"
+        start = time.perf_counter()
+        try:
+            found = self._worker(
+                "block",
+                [r.case for r in records],
+                what,
+                seed=self.settings.seed + number + 1,
+                plans={group: plan.as_dict() for group, plan in plans.items()},
+                baseline={r.case.id: r.baseline for r in records},
+            )
+        except process.WorkerDied as died:
+            culprits = [self.run.records[died.case]] if died.case else records
+            for record in culprits:
+                record.error = str(died)
+            return
+        for record in records:
+            record.error = found["errors"].get(record.case.id)
+            samples = found["samples"].get(record.case.id)
+            if samples:
+                record.blocks.append(Block(number, record.baseline, **samples))
+        self.run.evidence.append(found["evidence"])
+        self._overhead_s = time.perf_counter() - start - found["evidence"]["measured_s"]
+        self._keep()
+
+    def _worker(self, kind: str, cases: list[Case], what: str, **fields: Any) -> dict[str, Any]:
+        def tell(text):
+            self.progress.status(f"{what}, {duration(max(self.left_s, 0))} left: {text}")
+
+        common = {"threads": self.settings.threads, "cores": self.settings.cores, "device": self.settings.device}
+        return process.run(kind, cases, progress=tell, **{**common, **fields})
+
+    def _pending(self, first_look: bool) -> list[Record]:
+        first = self.settings.policy.blocks
+        ready = [r for r in self.run.records.values() if r.ready and self._judged(r).more]
+        return [r for r in ready if (sum(b.valid for b in r.blocks) < first) == first_look]
+
+    def _affordable(self, pending: list[Record]) -> list[Record]:
+        """Those of `pending` whose missing blocks fit into the time left: suspects first, then the cheap ones."""
+        chosen: list[Record] = []
+        by_cost = sorted(pending, key=lambda r: (not self._judged(r).suspect, self.planned([r], 0.0)[1]))
+        for record in by_cost:
+            more = max(self._judged(r).more for r in [*chosen, record])
+            if more * self.planned([*chosen, record], 0.0)[1] <= self.left_s:
+                chosen.append(record)
+        return chosen
+
+    def _hopeless(self) -> bool:
+        """Three blocks, and not one case had a quiet one."""
+        blocks = [b for r in self.run.records.values() for b in r.blocks]
+        return len(self.run.evidence) >= 3 and not any(b.valid for b in blocks)
+
+    def _judged(self, record: Record):
+        return judge_record(record, self.settings.policy)
+
+    def _overhead(self, records: list[Record]) -> float:
+        """Seconds a block spends on other than timing: as in the last one, or a guess from the scout."""
+        if self._overhead_s is not None:
+            share = len(records) / max(sum(r.ready for r in self.run.records.values()), 1)
+            return self._overhead_s * (0.5 + 0.5 * share)
+        return 2.0 + sum(min(r.scout["ready_s"], 0.5) for r in records)
+
+    def _keep(self) -> None:
+        self.run.elapsed_s = self.elapsed_s
+        self._save(self.run)
+
+
+def _require_same(resume: Run, records: dict[str, Record], settings: Settings) -> None:
+    here = machine.describe(settings.device)
+    for key in ("class", "commit"):
+        if resume.machine.get(key) != here[key]:
+            raise ValueError(f"resume: the stored run has {key} {resume.machine.get(key)!r}, this is {here[key]!r}")
+    def definitions(of):
+        return json.dumps({name: record.case.as_dict() for name, record in of.items()}, sort_keys=True)
+
+    if definitions(resume.records) != definitions(records):
+        raise ValueError("resume: the stored run has other cases than are selected now")

@@ -1,0 +1,130 @@
+"""What a run says about each case: times, speedup, interval and verdict, from stored blocks alone."""
+
+from __future__ import annotations
+
+import math
+import statistics as _stdlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .statistics import Interval, block_log_speedup, detectable_slowdown
+from .store import Record, Run
+from .verdict import Judgement, Policy, Verdict, judge
+
+
+@dataclass(frozen=True)
+class Result:
+    id: str
+    verdict: Verdict
+    floor: float
+    reason: str = ""
+    baseline: str | None = None
+    baseline_s: float | None = None  # median over blocks of the block medians
+    candidate_s: float | None = None
+    interval: Interval | None = None
+    detects: float | None = None  # slowdown that the judged blocks find with 95 % power
+    limit_s: float | None = None
+    columns: Mapping[str, Any] | None = None
+    candidate_peak_bytes: int | None = None
+    baseline_peak_bytes: int | None = None
+
+    @property
+    def speedup(self) -> float | None:
+        return self.interval.speedup if self.interval else None
+
+    def as_dict(self) -> dict[str, Any]:
+        found = self.interval
+        return {
+            "verdict": self.verdict.value,
+            "speedup": found and found.speedup,
+            "low": found and found.low,
+            "high": found and _finite(found.high),
+            "floor": self.floor,
+            "detects": self.detects and _finite(self.detects),
+            "blocks": found and found.blocks,
+            "baseline": self.baseline,
+            "baseline_s": self.baseline_s,
+            "candidate_s": self.candidate_s,
+            "limit_s": self.limit_s,
+            "candidate_peak_bytes": self.candidate_peak_bytes,
+            "baseline_peak_bytes": self.baseline_peak_bytes,
+            "columns": dict(self.columns or {}),
+            "reason": self.reason,
+        }
+
+
+def block_logs(record: Record) -> list[float]:
+    """Log speedup of each valid block: undisturbed pairs only, the case's scale and allowance applied."""
+    scale, allowance_s = record.scout.get("scale", 1.0), record.case.allowance_s
+    logs = []
+    for block in record.blocks:
+        if block.valid:
+            baseline_s, candidate_s = block.clean_pairs()
+            net = [max(c - allowance_s, 0.01 * c) for c in candidate_s]
+            logs.append(block_log_speedup([scale * b for b in baseline_s], net))
+    return logs
+
+
+def judge_record(record: Record, policy: Policy) -> Judgement:
+    return judge(block_logs(record), record.case.floor, policy)
+
+
+def result(record: Record, policy: Policy) -> Result:
+    """The case's verdict as far as it has been measured."""
+    case = record.case
+    status = record.scout.get("status")
+    if record.error is not None or status == "wrong":
+        return Result(case.id, Verdict.WRONG, case.floor, record.error or record.scout["reason"])
+    if status != "ok":
+        return Result(case.id, Verdict.NOT_EVALUATED, case.floor, record.scout.get("reason", "never started"))
+    judged = judge_record(record, policy)
+    valid = [b for b in record.blocks if b.valid]
+    verdict, reason = judged.verdict, judged.reason
+    if len(valid) < policy.blocks:
+        disturbed = len(record.blocks) - len(valid)
+        if disturbed:
+            pairs = [clean for b in record.blocks for clean in b.clean]
+            verdict = Verdict.NOT_EVALUATED
+            reason = f"contended: {disturbed} of {len(record.blocks)} blocks disturbed, {_share(pairs)} of pairs clean"
+        elif not valid:
+            verdict, reason = Verdict.NOT_EVALUATED, "out of time before its first block"
+        else:
+            reason = f"out of time after {len(valid)} of {policy.blocks} blocks"
+    elif judged.more:
+        reason = f"out of time, {judged.more} blocks short of a second look"
+    found = judged.interval
+    blocks = valid or record.blocks
+    return Result(
+        case.id,
+        verdict,
+        case.floor,
+        reason or record.scout.get("note", ""),
+        record.baseline,
+        _stdlib.median(_stdlib.median(b.baseline_s) for b in blocks) if blocks else None,
+        _stdlib.median(_stdlib.median(b.candidate_s) for b in blocks) if blocks else None,
+        found,
+        detectable_slowdown(found.sd, found.blocks, found.alpha) if found and found.blocks > 1 else None,
+        case.limit_s,
+        record.columns,
+        record.scout.get("candidate_peak_bytes"),
+        (record.scout.get("baseline_peak_bytes") or {}).get(record.baseline),
+    )
+
+
+def results(run: Run, policy: Policy) -> list[Result]:
+    return [result(record, policy) for record in run.records.values()]
+
+
+def clean_share(run: Run) -> float | None:
+    """Share of all pairs that nothing disturbed."""
+    pairs = [clean for r in run.records.values() for b in r.blocks for clean in b.clean]
+    return sum(pairs) / len(pairs) if pairs else None
+
+
+def _share(flags: list[bool]) -> str:
+    return f"{100 * sum(flags) / max(len(flags), 1):.0f} %"
+
+
+def _finite(x: float) -> float | None:
+    return x if math.isfinite(x) else None

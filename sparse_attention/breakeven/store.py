@@ -1,0 +1,105 @@
+"""A run on disk: JSON with the raw times of every block, enough to judge again or to go on measuring."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from .case import Case
+
+SCHEMA = 1
+
+
+@dataclass
+class Block:
+    """One fresh process's pairs of one case, in seconds a call."""
+
+    number: int
+    baseline: str | None  # which baseline was timed; None where a time limit stands in
+    baseline_s: list[float]
+    candidate_s: list[float]
+    clean: list[bool]
+
+    @property
+    def valid(self) -> bool:
+        """At least half of the pairs, and one, were undisturbed."""
+        return sum(self.clean) >= max(1, len(self.clean) / 2)
+
+    def clean_pairs(self) -> tuple[list[float], list[float]]:
+        kept = [(b, c) for b, c, clean in zip(self.baseline_s, self.candidate_s, self.clean) if clean]
+        return [b for b, _ in kept], [c for _, c in kept]
+
+
+@dataclass
+class Record:
+    """Everything known about one case."""
+
+    case: Case
+    scout: dict[str, Any] = field(default_factory=dict)
+    blocks: list[Block] = field(default_factory=list)
+    columns: dict[str, dict[str, Any]] = field(default_factory=dict)
+    error: str | None = None
+
+    @property
+    def ready(self) -> bool:
+        """It was scouted and can be timed."""
+        return self.scout.get("status") == "ok" and self.error is None
+
+    @property
+    def baseline(self) -> str | None:
+        """The fastest baseline found by the scout; None where a time limit stands in."""
+        times = self.scout.get("baselines") or {}
+        return min(times, key=times.get) if times else None
+
+
+@dataclass
+class Run:
+    machine: dict[str, Any]
+    settings: dict[str, Any]
+    records: dict[str, Record]
+    evidence: list[dict[str, Any]] = field(default_factory=list)  # one entry a block: switches, steal, load
+    elapsed_s: float = 0.0
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write atomically, so that a run killed meanwhile can be resumed from the file."""
+        data = {
+            "schema": SCHEMA,
+            "machine": self.machine,
+            "settings": self.settings,
+            "elapsed_s": self.elapsed_s,
+            "evidence": self.evidence,
+            "cases": [asdict(record) for record in self.records.values()],
+        }
+        partial = f"{os.fspath(path)}.partial"
+        with open(partial, "w") as f:
+            json.dump(data, f, indent=1)
+        os.replace(partial, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Run:
+        try:
+            with open(path) as f:
+                data = json.load(f)
+            if data["schema"] != SCHEMA:
+                raise ValueError(f"it has schema {data['schema']!r}, this version reads {SCHEMA}")
+            records = [
+                Record(
+                    Case.from_dict(entry["case"]),
+                    entry["scout"],
+                    [Block(**block) for block in entry["blocks"]],
+                    entry["columns"],
+                    entry["error"],
+                )
+                for entry in data["cases"]
+            ]
+            return cls(
+                data["machine"],
+                data["settings"],
+                {record.case.id: record for record in records},
+                data["evidence"],
+                data["elapsed_s"],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{os.fspath(path)} is not a stored run: {error!r}") from error

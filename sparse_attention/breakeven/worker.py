@@ -1,0 +1,182 @@
+"""The fresh process: rebuilds the cases it is told, and scouts, measures one block, or times the further columns."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from . import clock as clocks
+from . import sampling
+from .case import Case, Unavailable, Workload
+from .machine import Usage
+from .memory import peak_bytes
+
+Emit = Callable[..., None]
+
+
+def main(job: dict[str, Any]) -> None:
+    """Run `job` and write JSON lines to standard output; whatever the kernels print goes to standard error."""
+    lines = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+
+    def emit(**message):
+        lines.write(json.dumps(message) + "\n")
+
+    if job["cores"] and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, job["cores"])
+    emit(result=_KINDS[job["kind"]](job, emit))
+
+
+def scout(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
+    """Check every case on changing inputs; choose the fastest baseline; take rough times and peak memory."""
+    clock = clocks.make(job["device"])
+    found, baselines = {}, {}
+    for number, case in enumerate(_cases(job)):
+        where = f"{number + 1} of {len(job['cases'])}: {case.id}"
+        emit(case=case.id, doing=f"building and checking {where}")
+        start = time.perf_counter()
+        try:
+            workload = case.load()
+            sampling.check_fresh(workload, seed=job["seed"])
+        except Unavailable as error:
+            found[case.id] = {"status": "unavailable", "reason": str(error)}
+            continue
+        except sampling.WrongOutput as error:
+            found[case.id] = {"status": "wrong", "reason": str(error)}
+            continue
+        except Exception as error:
+            found[case.id] = {"status": "wrong", "reason": f"cannot be built: {sampling.summary(error)}"}
+            continue
+        ready_s = time.perf_counter() - start
+        seconds, peak = _survey(workload.candidate, clock)
+        group = case.share or case.id
+        if group not in baselines:
+            emit(case=case.id, doing=f"timing the baselines of {where}")
+            rivals = workload.baselines if case.limit_s is None else {}
+            baselines[group] = {name: _survey(call, clock) for name, call in rivals.items()}
+        found[case.id] = {
+            "status": "ok",
+            "ready_s": ready_s,
+            "candidate_s": seconds,
+            "candidate_peak_bytes": peak,
+            "baselines": {name: s for name, (s, _) in baselines[group].items()},
+            "baseline_peak_bytes": {name: p for name, (_, p) in baselines[group].items()},
+            "scale": workload.scale,
+            "note": workload.note,
+        }
+    return found
+
+
+def block(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
+    """One block of every case: check, measure, check again."""
+    start = Usage.now(with_steal=True)
+    clock = clocks.make(job["device"])
+    loaded, errors = {}, {}
+    cases = _cases(job)
+    for case in cases:
+        emit(case=case.id, doing=f"checking {case.id}")
+        try:
+            loaded[case.id] = case.load()
+            sampling.check(loaded[case.id])
+        except Exception as error:
+            errors[case.id] = sampling.summary(error)
+    entries = [_entry(case, loaded[case.id], job) for case in cases if case.id in loaded and case.id not in errors]
+    ready = Usage.now(with_steal=True)
+    plans = {group: sampling.GroupPlan(**plan) for group, plan in job["plans"].items()}
+    samples = {}
+    if entries:
+        samples = sampling.measure(entries, plans, clock, job["seed"], lambda text: emit(case=None, doing=text))
+    measured = Usage.now(with_steal=True).since(ready)
+    for entry in entries:
+        emit(case=entry.id, doing=f"checking {entry.id} again")
+        try:
+            sampling.check(entry.workload)
+        except Exception as error:
+            errors[entry.id] = f"after it was timed: {sampling.summary(error)}"
+    return {
+        "samples": {name: vars(s) for name, s in samples.items() if name not in errors},
+        "errors": errors,
+        "evidence": {
+            "ready_s": ready.since(start).wall_s,
+            "measured_s": measured.wall_s,
+            "involuntary_per_s": measured.involuntary / max(measured.wall_s, 1e-9),
+            "steal_s": measured.steal_s,
+            "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        },
+    }
+
+
+def columns(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
+    """Time each case's further rivals beside its candidate, in one process: for information, no interval."""
+    clock = clocks.make(job["device"])
+    deadline = time.perf_counter() + job["budget_s"]
+    found: dict[str, dict[str, Any]] = {}
+    for case in _cases(job):
+        found[case.id] = {}
+        if time.perf_counter() > deadline:
+            continue
+        try:
+            workload = case.load()
+            sampling.check(workload)
+        except Exception as error:
+            found[case.id] = {name: {"error": str(error)} for name in case.columns}
+            continue
+        for name in case.columns:
+            if time.perf_counter() > deadline:
+                break
+            emit(case=case.id, doing=f"{name} on {case.id}")
+            found[case.id][name] = _column(workload, name, clock, job["seed"], deadline)
+    return found
+
+
+def _column(workload: Workload, name: str, clock: clocks.Clock, seed: int, deadline: float) -> dict[str, Any]:
+    try:
+        rival = workload.columns[name]()
+        if workload.check is not None:
+            workload.check(rival())
+    except Exception as error:
+        return {"error": sampling.summary(error)}
+    times: dict[str, list[float]] = {"candidate": [], "rival": []}
+    calls = {"candidate": workload.candidate, "rival": rival}
+    inner = {key: sampling.inner_calls(sampling.estimate(call, clock), clock.least_s) for key, call in calls.items()}
+    order = random.Random(seed)
+    for _ in range(5):
+        for key in order.sample(list(calls), len(calls)):
+            clock.settle()
+            times[key].append(clock.time(calls[key], inner[key]))
+        if time.perf_counter() > deadline:
+            break
+    speedup = statistics.median(r / c for r, c in zip(times["rival"], times["candidate"]))
+    return {"seconds": statistics.median(times["rival"]), "speedup": speedup}
+
+
+def _survey(call: Callable[[], Any], clock: clocks.Clock) -> tuple[float, int | None]:
+    """Rough seconds and peak bytes of a call; a slow one is made only once."""
+    took = []
+
+    def once():
+        start = time.perf_counter()
+        output = call()
+        clock.settle()
+        took.append(time.perf_counter() - start)
+        return output
+
+    peak = peak_bytes(once)
+    return (took[0] if took[0] > 0.1 else sampling.estimate(call, clock)), peak
+
+
+def _entry(case: Case, workload: Workload, job: Mapping[str, Any]) -> sampling.Entry:
+    return sampling.Entry(case.id, workload, case.share or case.id, job["baseline"][case.id], case.limit_s)
+
+
+def _cases(job: Mapping[str, Any]) -> list[Case]:
+    return [Case.from_dict(data) for data in job["cases"]]
+
+
+_KINDS = {"scout": scout, "block": block, "columns": columns}
