@@ -49,13 +49,15 @@ class Rate(NamedTuple):
         return self.call + rows * self.row + pairs * (self.pair + head_dim * self.element)
 
 
-# Measured on one core of an AMD EPYC 9004 (Zen 4, AVX-512), float32, torch 2.13, head_dim 64 and 128. Only their ratios matter.
-# `tile` counts the pairs of the lanes it runs, `gather` allowed pairs, `dense` what SDPA computes.
+# Fitted on one core of an AMD EPYC 9004 (Zen 4, AVX-512), float32, torch 2.13, head_dim 64 and 128, 1 to 1,024 queries. Only
+# ratios matter. `tile` counts the pairs of the lanes it runs, `gather` allowed pairs, `dense` what SDPA computes.
 RATES = {
-    "tile": Rate(call=3_000, row=20, pair=0.25, element=0.042),
-    "gather": Rate(call=3_000, row=60, pair=0.9, element=0.12),
-    "dense": Rate(call=8_000, row=20, pair=0.6, element=0.047),
+    "tile": Rate(call=2_200, row=60, pair=0.2, element=0.040),
+    "gather": Rate(call=2_300, row=42, pair=0.4, element=0.085),
+    "dense": Rate(call=7_000, row=60, pair=0.0, element=0.0485),
 }
+PARTIAL = 0.6  # share of a partial tile that is computed: both triangles of a window's edges, in steps of 16 lanes
+MASK = 0.6  # nanoseconds that SDPA spends on each element of a mask
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +144,7 @@ def _cheapest(pattern: Pattern, sizes: Sizes) -> Plan:
     q_rows = sizes.batch * sizes.heads * sizes.q_len
     pairs, full, partial = count(pattern, sizes.q_len, sizes.kv_len, sizes.heads)
     lanes = min(64, -(-sizes.q_len // LANES) * LANES)
-    lane_pairs = sizes.batch * (full + partial) * 64 * lanes
+    lane_pairs = sizes.batch * int(full + PARTIAL * partial) * min(64, sizes.kv_len) * lanes
     estimates["tile"] = RATES["tile"].time(q_rows, lane_pairs, sizes.head_dim)
     if pairs <= GATHER_PAIRS:
         estimates["gather"] = RATES["gather"].time(q_rows, sizes.batch * pairs, sizes.head_dim)
@@ -152,10 +154,12 @@ def _cheapest(pattern: Pattern, sizes: Sizes) -> Plan:
 
 
 def _dense_time(pattern: Pattern, sizes: Sizes) -> float:
-    pairs = sizes.batch * sizes.heads * sizes.q_len * sizes.kv_len
-    if isinstance(pattern, Causal) and sizes.q_len == sizes.kv_len and sizes.q_len >= 1024:
-        pairs //= 2  # SDPA skips the upper triangle in steps of its own large blocks
+    q_rows = sizes.batch * sizes.heads * sizes.q_len
+    pairs = sizes.batch * sizes.heads * max(sizes.q_len, 4) * sizes.kv_len  # one query costs SDPA as much as four
+    causal = isinstance(pattern, Causal) and sizes.q_len == sizes.kv_len
+    if causal and sizes.q_len >= 1024:
+        pairs //= 2  # SDPA skips what lies above the diagonal in steps of its own large blocks
     rate = RATES["dense"]
-    if not isinstance(pattern, (Causal, Dense)):
-        rate = rate._replace(pair=rate.pair + 0.5)  # reads a mask
-    return rate.time(sizes.batch * sizes.heads * sizes.q_len, pairs, sizes.head_dim)
+    if not causal and not isinstance(pattern, Dense):
+        rate = rate._replace(pair=rate.pair + MASK)
+    return rate.time(q_rows, pairs, sizes.head_dim)
