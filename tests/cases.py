@@ -100,6 +100,7 @@ CASES = [
     Case("documents-cached", lambda: Documents((40, 130, 3, 90)), 100, 263, 2),
     Case("csr", lambda: csr(280, 300), 280, 300, 2),
     Case("csr-dense-rows", lambda: csr(40, 100, density=0.9), 40, 100),
+    Case("csr-narrow", lambda: Csr(torch.tensor([0, 2, 2, 3]), torch.tensor([2, 0, 1])), 3, 50),
     Case("csr-empty", lambda: Csr(torch.zeros(71, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)), 70, 80),
     Case("tree", lambda: Tree(TREE), len(TREE), 300, 2),
     Case("tree-alone", lambda: Tree(TREE), len(TREE), len(TREE)),

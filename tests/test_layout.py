@@ -154,6 +154,10 @@ def test_row_lists_of_structured_patterns_are_long_enough_for_long_sequences():
     last = lists.columns[lists.row_start[-2] :].tolist()
     n = (1 << 17) - 1
     assert last == sorted([n] + [n - (1 << p) for p in range(17)])
+    turned = lists.transpose()
+    for key in (0, 3, 70_000, n):
+        seen_by = turned.columns[turned.row_start[key] : turned.row_start[key + 1]].tolist()
+        assert seen_by == [key] + [key + (1 << p) for p in range(17) if key + (1 << p) <= n]
 
 
 @pytest.mark.parametrize("shape", [(5, 64, 1), (3, 128, 1), (2, 64, 3), (4, 192, 2), (0, 64, 1)])
