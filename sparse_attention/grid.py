@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -149,14 +150,19 @@ def unique_masks(tables: list[np.ndarray], tile: Tile) -> tuple[np.ndarray, list
     """The distinct masks of several tables, and for each table the number of each of its masks."""
     masks = np.concatenate(tables)
     flat = masks.reshape(len(masks), tile.q * tile.k // 64)
-    weights = np.random.default_rng(0).integers(1, 2**63, flat.shape[1], dtype=np.uint64) | np.uint64(1)
-    hashes = (flat.view(np.uint64) * weights).sum(axis=1, dtype=np.uint64)
+    hashes = (flat.view(np.uint64) * _weights(flat.shape[1])).sum(axis=1, dtype=np.uint64)
     _, example, number = np.unique(hashes, return_index=True, return_inverse=True)
     number = number.reshape(-1)
     if not np.array_equal(flat[example[number]], flat):
         _, example, number = np.unique(flat, axis=0, return_index=True, return_inverse=True)
         number = number.reshape(-1)
     return masks[example], np.split(number, np.cumsum([len(table) for table in tables])[:-1])
+
+
+@lru_cache
+def _weights(words: int) -> np.ndarray:
+    """Random odd factors that turn the words of a mask into one hash."""
+    return np.random.default_rng(0).integers(1, 2**63, words, dtype=np.uint64) | np.uint64(1)
 
 
 def _runs(row, first, stop, mask):

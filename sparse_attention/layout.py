@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from sparse_attention.cache import cached_by_bytes
 from sparse_attention.grid import Grid, grid_of, unique_masks
 from sparse_attention.masks import transpose_masks
 from sparse_attention.patterns.base import Lengths, Pattern, Tile, check_sizes, quotient_lengths
@@ -47,9 +48,7 @@ class LayoutPart:
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """The seven tensors in the order of `LayoutParams` in csrc/params.h."""
-        return (
-            self.views, self.variant_views, self.head_variant, self.row_start, self.runs, self.masks, self.masks_t,
-        )
+        return self.views, self.variant_views, self.head_variant, self.row_start, self.runs, self.masks, self.masks_t
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +115,7 @@ def build(pattern: Pattern, q_len: int, kv_len: int, heads: int = 1, tile: Tile 
     return Layout(tile, q_len, kv_len, heads, tuple(parts), Counts(*counts.tolist()))
 
 
-_cached = lru_cache(maxsize=128)(build)
+_cached = cached_by_bytes(1 << 30)(build)
 
 
 def count_pairs(pattern: Pattern, lengths: Lengths) -> int:
@@ -149,9 +148,9 @@ def _assemble(members, head_variant, uses, lengths, tile, grids):
     row_counts = np.concatenate([grid.row_counts for grid in chosen])
     part = LayoutPart(
         stride=strides.pop() if len(strides) == 1 else 0,
-        views=torch.tensor(views, dtype=torch.int32),
-        variant_views=torch.tensor(variant_views, dtype=torch.int32),
-        head_variant=torch.tensor(head_variant, dtype=torch.int32),
+        views=torch.from_numpy(np.array(views, dtype=np.int32)),
+        variant_views=torch.from_numpy(np.array(variant_views, dtype=np.int32)),
+        head_variant=torch.from_numpy(np.array(head_variant, dtype=np.int32)),
         row_start=torch.from_numpy(np.concatenate([[0], np.cumsum(row_counts)]).astype(np.int32)),
         runs=torch.from_numpy(np.concatenate([runs[grid] for grid in chosen])),
         masks=torch.from_numpy(masks),

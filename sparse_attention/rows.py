@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import numpy as np
 import torch
 
+from sparse_attention.cache import cached_by_bytes
 from sparse_attention.patterns.base import Lengths, Pattern, Spans, check_sizes
 
 # Query rows whose spans are asked for at once, and candidate pairs that are tested at once.
@@ -53,13 +54,23 @@ class Rows:
         return Rows(
             torch.from_numpy(np.concatenate(starts)),
             torch.from_numpy(np.concatenate(lists)),
-            self.head_variant, self.q_len, self.kv_len, not self.transposed,
+            self.head_variant,
+            self.q_len,
+            self.kv_len,
+            not self.transposed,
         )
 
 
-@lru_cache(maxsize=32)
 def rows(pattern: Pattern, q_len: int, kv_len: int, heads: int = 1) -> Rows:
-    """The key lists of `pattern`, cached. Costs what its spans hold: n^2 for a pattern that promises nothing."""
+    """The key lists of `pattern`; a second call with equal arguments returns the same object.
+
+    Making them costs what the pattern's spans hold: n^2 for a pattern that promises nothing.
+    """
+    return _cached(pattern, q_len, kv_len, heads)
+
+
+def build_rows(pattern: Pattern, q_len: int, kv_len: int, heads: int = 1) -> Rows:
+    """Make the lists anew. Sizes that the pattern cannot apply to raise ValueError."""
     check_sizes(pattern, q_len, kv_len, heads)
     lengths = Lengths(q_len, kv_len)
     variants: dict[Pattern, int] = {}
@@ -69,8 +80,13 @@ def rows(pattern: Pattern, q_len: int, kv_len: int, heads: int = 1) -> Rows:
     return Rows(
         torch.from_numpy(np.cumsum(counts)),
         torch.from_numpy(np.concatenate([columns for _, columns in lists])),
-        torch.tensor(head_variant, dtype=torch.int32), q_len, kv_len,
+        torch.from_numpy(np.array(head_variant, dtype=np.int32)),
+        q_len,
+        kv_len,
     )
+
+
+_cached = cached_by_bytes(1 << 30)(build_rows)
 
 
 def _lists(pattern, lengths):

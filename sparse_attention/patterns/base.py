@@ -152,8 +152,8 @@ class Pattern:
         """
         check_sizes(self, q_len, kv_len, 1 if heads is None else heads)
         lengths = Lengths(q_len, kv_len)
-        i = torch.arange(q_len).unsqueeze(1) + lengths.offset
-        j = torch.arange(kv_len).unsqueeze(0)
+        i = torch.arange(q_len, device="cpu").unsqueeze(1) + lengths.offset
+        j = torch.arange(kv_len, device="cpu").unsqueeze(0)
         if heads is None:
             return self.for_head(0).allows(i, j, lengths).expand(q_len, kv_len).contiguous()
         rows = [self.for_head(h).allows(i, j, lengths).expand(q_len, kv_len) for h in range(heads)]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
+from operator import or_
 
 import numpy as np
+import torch
 
 from sparse_attention.patterns.base import Pattern, Rects, Spans
 from sparse_attention.patterns.blocks import Blocked, check_block
@@ -56,12 +58,12 @@ class BigBirdHead(Blocked):
     def block(self) -> int:
         return self.bigbird.block
 
+    def allows(self, i, j, lengths):
+        table = (torch.from_numpy(side).to(i.device) for side in self._table(lengths))
+        return _within(i // self.block, j // self.block, *table)
+
     def seen(self, row, column, lengths):
-        start, stop = self._table(lengths)
-        out = False
-        for n in range(start.shape[1]):
-            out = out | ((start[row, n] <= column) & (column < stop[row, n]))
-        return out
+        return _within(row, column, *self._table(lengths))
 
     def spans(self, first, last, lengths):
         start, stop = self._table(lengths)
@@ -92,6 +94,12 @@ class BigBirdHead(Blocked):
 
     def _table(self, lengths):
         return _table(self.bigbird, self.head, -(-lengths.kv_len // self.block))
+
+
+def _within(row, column, start, stop):
+    """Whether a block column lies in one of its row's ranges; arrays or tensors that broadcast."""
+    inside = [(start[row, n] <= column) & (column < stop[row, n]) for n in range(start.shape[1])]
+    return reduce(or_, inside)
 
 
 @lru_cache(maxsize=256)

@@ -30,10 +30,6 @@ class Blocked(Pattern):
         """The query position at which block row 0 begins."""
         return 0
 
-    def allows(self, i, j, lengths):
-        row = (i - self.first_row(lengths)) // self.block
-        return torch.from_numpy(np.asarray(self.seen(row.numpy(), (j // self.block).numpy(), lengths)))
-
     def block_rects(self, rects: Rects, lengths: Lengths) -> Rects:
         """The blocks that rectangles touch."""
         start = self.first_row(lengths)
@@ -103,6 +99,9 @@ class BlockSparse(Digested, Blocked):
 
     def first_row(self, lengths):
         return lengths.offset
+
+    def allows(self, i, j, lengths):
+        return self.block_mask.to(i.device)[(i - lengths.offset) // self.block, j // self.block]
 
     def seen(self, row, column, lengths):
         return self.block_mask.numpy()[row, column]
