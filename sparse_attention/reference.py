@@ -1,0 +1,116 @@
+"""The oracle: masked softmax attention as its formula reads, and the exact merge of partial results. Runs on any device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from sparse_attention.patterns.base import Lengths, Pattern
+
+# Scores computed at once, all heads together: 64 MB in float32.
+_SCORES = 1 << 24
+
+
+def reference(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern, scale: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of `pattern` by its definition, in float64 for float64 inputs and in float32 for all others.
+
+    q: `[batch, heads, q_len, head_dim]`; k, v: `[batch, kv_heads, kv_len, head_dim]`. Returns out, like q, and lse,
+    `[batch, heads, q_len]`, the natural logarithm of each query's sum of exponentials; 0 and -inf for a query that may
+    attend to nothing. Differentiable, twice too. Works in chunks of queries, yet autograd keeps every score: n^2 memory when
+    a gradient is needed, which `reference_backward` avoids.
+    """
+    chunks = [_attend(q[:, :, s], k, v, pattern, scale, q.shape, s.start) for s in _chunks(q, k)]
+    out, lse = (torch.cat(parts, dim=2) for parts in zip(*chunks))
+    return out.to(q.dtype), lse
+
+
+def reference_backward(
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: Pattern,
+    scale: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of `reference` in q, k and v, one chunk of queries after the other."""
+    wide = _accumulator(q)
+    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
+    for s in _chunks(q, k):
+        with torch.enable_grad():
+            leaves = [x.detach().to(wide).requires_grad_() for x in (q[:, :, s], k, v)]
+            results = _attend(*leaves, pattern, scale, q.shape, s.start)
+        given = [dout[:, :, s].to(wide), torch.zeros_like(results[1]) if dlse is None else dlse[:, :, s]]
+        dq[:, :, s], dk_part, dv_part = torch.autograd.grad(results, leaves, given)
+        dk += dk_part
+        dv += dv_part
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+def merge(outs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The attention over all keys, exactly, from attentions over disjoint sets of them.
+
+    outs: tensors `[..., head_dim]` of one shape; lses: their log-sum-exps, `[...]`. Returns (out, lse): each out weighs
+    exp(lse) over the sum of all exp(lse). A part whose lse is -inf counts for nothing; where all are, out is 0 and lse -inf.
+    Sets that are not disjoint are legal: a key then counts once for each set it is in. Differentiable.
+    """
+    if len(outs) != len(lses) or not outs:
+        raise ValueError(f"outs has {len(outs)} tensors and lses {len(lses)}; expected as many, and at least one")
+    for n, (out, lse) in enumerate(zip(outs, lses)):
+        if out.shape != outs[0].shape or out.shape[:-1] != lse.shape:
+            raise ValueError(
+                f"outs[{n}] has shape {tuple(out.shape)} and lses[{n}] {tuple(lse.shape)}; "
+                f"expected {tuple(outs[0].shape)} and {tuple(outs[0].shape[:-1])}"
+            )
+    lse = torch.logsumexp(torch.stack(list(lses)), dim=0)
+    shift = lse.masked_fill(lse == -torch.inf, 0.0)
+    weighted = (out * torch.exp(part - shift).unsqueeze(-1) for out, part in zip(outs, lses))
+    return sum(weighted).to(outs[0].dtype), lse
+
+
+def _accumulator(q: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(q.dtype, torch.float32)
+
+
+def _chunks(q: torch.Tensor, k: torch.Tensor) -> Iterator[slice]:
+    batch, heads, q_len, _ = q.shape
+    rows = max(1, _SCORES // (batch * heads * k.shape[2]))
+    return (slice(first, min(first + rows, q_len)) for first in range(0, q_len, rows))
+
+
+def _attend(q, k, v, pattern, scale, shape, first):
+    """Out, in the accumulator's dtype, and lse of the query rows `q`, which start at row `first` of a `shape` tensor."""
+    batch, heads, q_len, head_dim = shape
+    kv_heads, kv_len = k.shape[1:3]
+    lengths = Lengths(q_len, kv_len)
+    i = torch.arange(first, first + q.shape[2]).unsqueeze(1) + lengths.offset
+    j = torch.arange(kv_len).unsqueeze(0)
+    mask = head_masks(pattern, heads, i, j, lengths).to(q.device).expand(heads, -1, -1)
+    mask = mask.unflatten(0, (kv_heads, heads // kv_heads))
+    wide = _accumulator(q)
+    # A key that no query of the chunk sees is 0 here, so that a NaN in it cannot come back as 0 * NaN.
+    seen = mask.any(dim=2).any(dim=1).unsqueeze(-1)
+    k, v = (torch.where(seen, x.to(wide), 0.0).unsqueeze(2) for x in (k, v))
+    q = q.to(wide).unflatten(1, (kv_heads, heads // kv_heads))
+    with torch.autocast(q.device.type, enabled=False):
+        scores = (q @ k.mT) * (head_dim**-0.5 if scale is None else scale)
+        scores = scores.masked_fill(~mask, -torch.inf)
+        lse = torch.logsumexp(scores, dim=-1)
+        shift = lse.masked_fill(lse == -torch.inf, 0.0)
+        out = torch.exp(scores - shift.unsqueeze(-1)) @ v
+    return out.flatten(1, 2), lse.flatten(1, 2)
+
+
+def head_masks(pattern: Pattern, heads: int, i: torch.Tensor, j: torch.Tensor, lengths: Lengths) -> torch.Tensor:
+    """Bool `[heads, rows, keys]` of the positions i `[rows, 1]` and j `[1, keys]`, or `[1, rows, keys]` if heads are all alike."""
+    masks: dict[Pattern, torch.Tensor] = {}
+    for head in range(heads):
+        one = pattern.for_head(head)
+        if one not in masks:
+            masks[one] = one.allows(i, j, lengths).expand(i.shape[0], j.shape[1])
+    if len(masks) == 1:
+        return next(iter(masks.values())).unsqueeze(0)
+    return torch.stack([masks[pattern.for_head(head)] for head in range(heads)])
