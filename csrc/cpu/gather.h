@@ -123,9 +123,8 @@ inline void forward_row(const ForwardParams& p, const RowsParams& table, Dim dim
     step.multiply_near(q, dim);
     const A new_top = std::max(top, step.max_score());
     const A decay = top == -kInfinity<A> ? A(0) : std::exp2(top - new_top);
-    if (start > 0) scale_row(decay, dim, total);
     sum = sum * decay + step.exponentiate(new_top == -kInfinity<A> ? A(0) : new_top);
-    combine(step.score, step.far, step.n, dim, total);
+    combine(step.score, step.far, step.n, dim, decay, total);
     top = new_top;
   }
   const A inverse = sum == A(0) ? A(0) : A(1) / sum;
@@ -156,7 +155,7 @@ inline void query_gradient_row(const BackwardParams& p, const RowsParams& table,
     dots(dout, step.far, step.n, dim, step.grad);
     step.exponentiate(lse);
     for (int n = 0; n < step.n; ++n) step.grad[n] = step.score[n] * (step.grad[n] - delta);
-    combine(step.grad, step.near, step.n, dim, total);
+    combine(step.grad, step.near, step.n, dim, A(1), total);
   }
   A* dq = row_of<A>(p.dq, b, h, r);
   for (int d = 0; d < dim; ++d) dq[d] += A(p.scale) * total[d];
@@ -186,8 +185,8 @@ inline void key_gradient_row(const BackwardParams& p, const RowsParams& table, D
       for (int n = 0; n < step.n; ++n) step.score[n] -= lse_base2(lse[listed[n]]);
       step.exponentiate(A(0));
       for (int n = 0; n < step.n; ++n) step.grad[n] = step.score[n] * (step.grad[n] - delta[listed[n]]);
-      combine(step.score, step.far, step.n, dim, total_v);
-      combine(step.grad, step.near, step.n, dim, total_k);
+      combine(step.score, step.far, step.n, dim, A(1), total_v);
+      combine(step.grad, step.near, step.n, dim, A(1), total_k);
     }
   }
   A* dk = row_of<A>(p.dk, b, kv_head, t);

@@ -127,43 +127,46 @@ inline void dots(const Acc<T>* x, const T* const* rows, int n, Dim dim, Acc<T>* 
   }
 }
 
-// total += sum_n weight[n] * rows[n]
+template <class A, class Dim>
+inline void clear_row(Dim dim, A* row) {
+  for (int d = 0; d < padded<A>(dim); d += Simd<A>::lanes) store(row + d, Vec<A>{});
+}
+
+// total = total * decay + sum_n weight[n] * rows[n]. The sum is taken on its own: one sum over all steps of a long row would lose up
+// to sqrt(steps) times as much to rounding.
 template <class T, class Dim>
-inline void combine(const Acc<T>* weight, const T* const* rows, int n, Dim dim, Acc<T>* total) {
+inline void combine(const Acc<T>* weight, const T* const* rows, int n, Dim dim, Acc<T> decay, Acc<T>* total) {
   using A = Acc<T>;
   constexpr int L = Simd<A>::lanes;
   if constexpr (!std::is_same_v<Dim, int>) {
     constexpr int V = Dim::value / L;
-    Vec<A> sum[V];
-    for (int v = 0; v < V; ++v) sum[v] = load(total + v * L);
+    Vec<A> sum[V] = {};
     for (int r = 0; r < n; ++r) {
       const Vec<A> w = splat(weight[r]);
 #pragma GCC unroll 32
       for (int v = 0; v < V; ++v) sum[v] += w * fetch(rows[r] + v * L);
     }
-    for (int v = 0; v < V; ++v) store(total + v * L, sum[v]);
+    for (int v = 0; v < V; ++v) store(total + v * L, load(total + v * L) * decay + sum[v]);
     return;
   }
+  alignas(kVectorBytes) A part[kMaxDim];
+  clear_row(dim, part);
   int r = 0;
   for (; r + kTogether <= n; r += kTogether)
     for_each_vector<T>(dim, [&](int d, auto row_at) {
-      Vec<A> sum = load(total + d);
+      Vec<A> sum = load(part + d);
       for (int m = 0; m < kTogether; ++m) sum += weight[r + m] * row_at(rows[r + m]);
-      store(total + d, sum);
+      store(part + d, sum);
     });
   for (; r < n; ++r)
-    for_each_vector<T>(dim, [&](int d, auto row_at) { store(total + d, load(total + d) + weight[r] * row_at(rows[r])); });
+    for_each_vector<T>(dim, [&](int d, auto row_at) { store(part + d, load(part + d) + weight[r] * row_at(rows[r])); });
+  for (int d = 0; d < padded<A>(dim); d += L) store(total + d, load(total + d) * decay + load(part + d));
 }
 
 // to = from * factor, padded with zeros.
 template <class T, class Dim>
 inline void read_row(const T* from, Dim dim, Acc<T> factor, Acc<T>* to) {
   for_each_vector<T>(dim, [&](int d, auto row_at) { store(to + d, row_at(from) * factor); });
-}
-
-template <class A, class Dim>
-inline void clear_row(Dim dim, A* row) {
-  for (int d = 0; d < padded<A>(dim); d += Simd<A>::lanes) store(row + d, Vec<A>{});
 }
 
 // row *= factor

@@ -42,17 +42,13 @@ inline void dot_block(const A* rows, int64_t row_stride, const A* packed, int di
     for (int v = 0; v < V; ++v) store(score + r * kTile + v * L, sum[r][v]);
 }
 
-// `first` and `last` are the rows whose products are wanted; accumulators start at total * decay (decay null: at total).
+// `first` and `last` are the rows whose products are wanted; total is first multiplied by decay unless that is null. The products are
+// summed on their own and then added: one sum over all tiles would lose up to sqrt(tiles) times as much to rounding.
 template <class A, int R, int V>
 inline void accumulate_block(const A* rows, int64_t row_stride, int first, int last, const A* weight, const A* decay,
                              A* total) {
   constexpr int L = Simd<A>::lanes;
-  Vec<A> sum[R][V];
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) {
-      sum[r][v] = load(total + r * kTile + v * L);
-      if (decay) sum[r][v] *= load(decay + v * L);
-    }
+  Vec<A> sum[R][V] = {};
   for (int j = first; j < last; ++j) {
     Vec<A> w[V];
     for (int v = 0; v < V; ++v) w[v] = load(weight + j * kTile + v * L);
@@ -64,7 +60,10 @@ inline void accumulate_block(const A* rows, int64_t row_stride, int first, int l
     }
   }
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) store(total + r * kTile + v * L, sum[r][v]);
+    for (int v = 0; v < V; ++v) {
+      A* t = total + r * kTile + v * L;
+      store(t, decay ? load(t) * load(decay + v * L) + sum[r][v] : load(t) + sum[r][v]);
+    }
 }
 
 template <class A, int R>

@@ -45,14 +45,14 @@ inline void online_softmax(const Block<A>& block, int group, A* score, A* maximu
   }
   const V origin = most == none ? V{} : most;  // a lane that has seen no key yet
   const V factor = exp2_nonpositive<A>(before - origin);
-  V total = load(sum + group * L) * factor;
+  V total = {};
   for (int r = low; r < high; ++r) {
     const V weight = exp2_nonpositive<A>(load(column + r * kTile) - origin);
     store(column + r * kTile, weight);
     total += weight;
   }
   store(maximum + group * L, most);
-  store(sum + group * L, total);
+  store(sum + group * L, load(sum + group * L) * factor + total);
   store(decay + group * L, factor);
 }
 
