@@ -44,7 +44,7 @@ def attention(
     """
     if torch.compiler.is_compiling() or not _plain(q, k, v):
         return _traced(q, k, v, pattern, scale, impl, return_lse)
-    if torch.is_autocast_enabled(q.device.type):
+    if torch._C._is_any_autocast_enabled():
         q, k, v = _autocast(q, k, v)
     try:
         call = engine(q, k, v, pattern, impl)
@@ -79,14 +79,16 @@ def _traced(q, k, v, pattern, scale, impl, return_lse):
     check_names(pattern, impl)
     if scale is not None and not isinstance(scale, torch.SymFloat):
         scale = check_scale(scale)
-    if torch.is_autocast_enabled(q.device.type):
-        q, k, v = _autocast(q, k, v)
+    q, k, v = _autocast(q, k, v)
     out, lse = attention_op(q, k, v, handle(pattern), scale, impl)
     return (out, lse) if return_lse else out
 
 
 def _autocast(*tensors):
-    dtype = torch.get_autocast_dtype(tensors[0].device.type)
+    device = tensors[0].device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
     return [x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors]
 
 

@@ -69,7 +69,7 @@ def forward(
     )
     if mask.empty is not None:
         out, lse = out.masked_fill(mask.empty.unsqueeze(-1), 0.0), lse.masked_fill(mask.empty, -torch.inf)
-    return out, lse
+    return out, lse.contiguous()
 
 
 def backward(

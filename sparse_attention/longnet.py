@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from sparse_attention.api import attention
-from sparse_attention.patterns import Causal, Documents
+from sparse_attention.handle import handle
+from sparse_attention.ops import attention_op
+from sparse_attention.patterns import Causal, Documents, Pattern
 from sparse_attention.reference import merge
 from sparse_attention.validate import check_call, check_tensors
 
@@ -76,15 +80,26 @@ def _level(q, k, v, segment, dilation, causal, scale, impl):
         kv_heads = q_heads if k.shape[1] == heads else slice(kv_head, kv_head + 1)
         tokens = slice(first, None, dilation)
         count = len(range(first, length, dilation))
-        size = segment // dilation
-        lengths = tuple(min(size, count - start) for start in range(0, count, size))
-        pattern = Documents(lengths) & Causal() if causal else Documents(lengths)
-        part, part_lse = attention(
-            q[:, q_heads, tokens], k[:, kv_heads, tokens], v[:, kv_heads, tokens], pattern,
-            scale=scale, impl=impl, return_lse=True,
-        )  # fmt: skip
+        parts = q[:, q_heads, tokens], k[:, kv_heads, tokens], v[:, kv_heads, tokens]
+        shape = operator.index(count), segment // dilation, causal
+        if torch.compiler.is_compiling():  # which cannot trace how Documents are made
+            part, part_lse = attention_op(*parts, _segments_text(*shape), scale, impl)
+        else:
+            part, part_lse = attention(*parts, _segments(*shape), scale=scale, impl=impl, return_lse=True)
         if lse is None:
             lse = part_lse.new_full((batch, heads, length), -torch.inf)
         out[:, q_heads, tokens] = part
         lse[:, q_heads, tokens] = part_lse
     return out, lse
+
+
+@lru_cache(maxsize=64)
+def _segments(count: int, size: int, causal: bool) -> Pattern:
+    """`count` tokens in segments of `size`."""
+    documents = Documents(tuple(min(size, count - start) for start in range(0, count, size)))
+    return documents & Causal() if causal else documents
+
+
+@torch.compiler.assume_constant_result
+def _segments_text(count: int, size: int, causal: bool) -> str:
+    return handle(_segments(count, size, causal))

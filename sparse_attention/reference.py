@@ -36,17 +36,23 @@ def reference_backward(
     pattern: Pattern,
     scale: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients of `reference` in q, k and v, one chunk of queries after the other."""
+    """The gradients of `reference` in q, k and v, written out, one chunk of queries after the other."""
+    scale = q.shape[3] ** -0.5 if scale is None else scale
     wide = _accumulator(q)
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
     for s in _chunks(q, k):
-        with torch.enable_grad():
-            leaves = [x.detach().to(wide).requires_grad_() for x in (q[:, :, s], k, v)]
-            results = _attend(*leaves, pattern, scale, q.shape, s.start)
-        given = [dout[:, :, s].to(wide), torch.zeros_like(results[1]) if dlse is None else dlse[:, :, s]]
-        dq[:, :, s], dk_part, dv_part = torch.autograd.grad(results, leaves, given)
-        dk += dk_part
-        dv += dv_part
+        q_rows, k_seen, v_seen, mask = _operands(q[:, :, s], k, v, pattern, q.shape, s.start)
+        with torch.autocast(q.device.type, enabled=False):
+            p, _ = _softmax(q_rows, k_seen, mask, scale)
+            dout_rows = dout[:, :, s].to(wide).unflatten(1, q_rows.shape[1:3])
+            dp = dout_rows @ v_seen.mT
+            ds = dp - (p * dp).sum(dim=-1, keepdim=True)
+            if dlse is not None:
+                ds += dlse[:, :, s].unflatten(1, q_rows.shape[1:3]).unsqueeze(-1)
+            ds = torch.where(mask, p * ds * scale, 0.0)
+            dq[:, :, s] = (ds @ k_seen).flatten(1, 2)
+            dk += (ds.mT @ q_rows).sum(dim=2)
+            dv += (p.mT @ dout_rows).sum(dim=2)
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
@@ -83,7 +89,15 @@ def _chunks(q: torch.Tensor, k: torch.Tensor) -> Iterator[slice]:
 
 def _attend(q, k, v, pattern, scale, shape, first):
     """Out, in the accumulator's dtype, and lse of the query rows `q`, which start at row `first` of a `shape` tensor."""
-    batch, heads, q_len, head_dim = shape
+    q, k, v, mask = _operands(q, k, v, pattern, shape, first)
+    with torch.autocast(q.device.type, enabled=False):
+        p, lse = _softmax(q, k, mask, shape[3] ** -0.5 if scale is None else scale)
+        return (p @ v).flatten(1, 2), lse.flatten(1, 2)
+
+
+def _operands(q, k, v, pattern, shape, first):
+    """q `[batch, kv_heads, group, rows, head_dim]`, k and v `[batch, kv_heads, 1, kv_len, head_dim]`, and the mask that fits."""
+    _, heads, q_len, _ = shape
     kv_heads, kv_len = k.shape[1:3]
     lengths = Lengths(q_len, kv_len)
     i = torch.arange(first, first + q.shape[2]).unsqueeze(1) + lengths.offset
@@ -94,14 +108,16 @@ def _attend(q, k, v, pattern, scale, shape, first):
     # A key that no query of the chunk sees is 0 here, so that a NaN in it cannot come back as 0 * NaN.
     seen = mask.any(dim=2).any(dim=1).unsqueeze(-1)
     k, v = (torch.where(seen, x.to(wide), 0.0).unsqueeze(2) for x in (k, v))
-    q = q.to(wide).unflatten(1, (kv_heads, heads // kv_heads))
-    with torch.autocast(q.device.type, enabled=False):
-        scores = (q @ k.mT) * (head_dim**-0.5 if scale is None else scale)
-        scores = scores.masked_fill(~mask, -torch.inf)
-        lse = torch.logsumexp(scores, dim=-1)
-        shift = lse.masked_fill(lse == -torch.inf, 0.0)
-        out = torch.exp(scores - shift.unsqueeze(-1)) @ v
-    return out.flatten(1, 2), lse.flatten(1, 2)
+    return q.to(wide).unflatten(1, (kv_heads, heads // kv_heads)), k, v, mask
+
+
+def _softmax(q, k, mask, scale):
+    """Probabilities, 0 in rows without a key, and lse."""
+    scores = (q @ k.mT) * scale
+    scores = scores.masked_fill(~mask, -torch.inf)
+    lse = torch.logsumexp(scores, dim=-1)
+    shift = lse.masked_fill(lse == -torch.inf, 0.0)
+    return torch.exp(scores - shift.unsqueeze(-1)), lse
 
 
 def head_masks(pattern: Pattern, heads: int, i: torch.Tensor, j: torch.Tensor, lengths: Lengths) -> torch.Tensor:
