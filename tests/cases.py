@@ -82,6 +82,7 @@ CASES = [
     Case("fixed", lambda: Fixed(32, 4), 300, 300),
     Case("fixed-wide", lambda: Fixed(90, 20), 200, 280),
     Case("fixed-whole", lambda: Fixed(5, 5), 100, 100),
+    Case("fixed-empty-rows", lambda: Fixed(3, 1), 100, 60),
     Case("logsparse", lambda: LogSparse(), 300, 300, 2),
     Case("logsparse-window", lambda: LogSparse(11), 90, 260),
     Case("block-sparse", lambda: BlockSparse(block_mask(5, 5), 64), 300, 300, 2),

@@ -197,6 +197,8 @@ CONSTRUCTORS = [
     (lambda: sp.SlidingWindow(True), f"window is True; {INT}"),
     (lambda: sp.SlidingWindow(None), f"window is None; {INT}"),
     (lambda: sp.SlidingWindow("4"), f"window is '4'; {INT}"),
+    (lambda: sp.SlidingWindow(10**30), f"window is {10**30}; expected at most 2147483648"),
+    (lambda: sp.Sinks(2**40), "n is 1099511627776; expected at most 2147483648"),
     (lambda: sp.SlidingWindow(4, causal=1), "causal is 1; expected True or False"),
     (lambda: sp.Dilated(0, 1), f"window is 0; {INT}"),
     (lambda: sp.Dilated(4, 0), f"dilation is 0; {INT}"),
@@ -310,6 +312,32 @@ def test_a_pattern_needs_only_allows():
             return (i + j) % 2 == 1
 
     assert (Odd() & sp.Causal()).pairs(70, 90) == int((Odd().mask(70, 90) & sp.Causal().mask(70, 90)).sum())
+
+
+LARGE = 2**31
+LARGEST = [
+    (sp.SlidingWindow(LARGE), sp.Causal()),
+    (sp.SlidingWindow(LARGE, causal=False), sp.Dense()),
+    (sp.Dilated(LARGE, 1), sp.Causal()),
+    (sp.Dilated(LARGE, LARGE), sp.SlidingWindow(1)),
+    (sp.MultiScale(LARGE, (1, LARGE)), sp.Causal()),
+    (sp.Strided(LARGE), sp.Causal()),
+    (sp.Fixed(LARGE, 1), sp.Causal()),
+    (sp.Fixed(LARGE, LARGE), sp.Causal()),
+    (sp.LogSparse(LARGE), sp.Causal()),
+    (sp.Longformer(LARGE, LARGE), sp.Dense()),
+    (sp.Longformer(LARGE, 0, LARGE), sp.SlidingWindow(1)),
+    (sp.Sinks(LARGE), sp.Dense()),
+    (sp.BigBird(16, globals=LARGE), sp.Dense()),
+    (sp.BigBird(16, window=LARGE - 1), sp.Dense()),
+    (sp.BigBird(16, random=LARGE), sp.Dense()),
+]
+
+
+@pytest.mark.parametrize("pattern, same", LARGEST, ids=[repr(row[0]) for row in LARGEST])
+def test_the_largest_arguments(pattern, same):
+    assert torch.equal(pattern.mask(150, 170), same.mask(150, 170))
+    assert count_pairs(pattern.for_head(0), Lengths(150, 170)) == pattern.pairs(150, 170) == same.pairs(150, 170)
 
 
 COUNTED = [

@@ -34,8 +34,9 @@ class BigBird(Pattern):
 
     def __post_init__(self):
         check_block(self.block)
-        for name, minimum in (("window", 1), ("globals", 0), ("random", 0), ("seed", 0)):
+        for name, minimum in (("window", 1), ("globals", 0), ("random", 0)):
             set_field(self, name, integer(name, getattr(self, name), minimum))
+        set_field(self, "seed", integer("seed", self.seed, 0, 2**64 - 1))
         if self.window % 2 == 0:
             raise ValueError(f"window is {self.window}; expected an odd number of blocks, centred on the query's own")
 
@@ -110,7 +111,7 @@ def _table(bigbird: BigBird, head: int, blocks: int) -> tuple[np.ndarray, np.nda
     low, high = np.maximum(row - half, bigbird.globals), np.minimum(row + half + 1, blocks)
     globals_ = min(bigbird.globals, blocks)
     window = np.maximum(high - low, 0)
-    drawn = _draw(np.random.default_rng([bigbird.seed, head]), blocks - globals_ - window, bigbird.random)
+    drawn = _draw(np.random.default_rng([bigbird.seed, head]), blocks - globals_ - window, min(bigbird.random, blocks))
     chosen = drawn >= 0
     # Drawn numbers count the blocks that are neither global nor in the window.
     column = drawn + globals_

@@ -111,8 +111,8 @@ class Fixed(Pattern):
     def signature(self, rects, lengths):
         # Beyond the tile's own blocks only the keys' place in their block counts; near them, the place of both does.
         near = rects.j1 - 1 >= rects.i0 // self.block * self.block
-        far = rects.j0 % self.block
-        return np.where(near, self.block * (1 + rects.i0 - rects.j0 + lengths.kv_len) + far, -1 - far)
+        place, distance = rects.j0 % self.block, rects.i0 - rects.j0
+        return np.where(near, (distance - distance.min(initial=0)) * min(self.block, lengths.kv_len) + place, -1 - place)
 
     def _pairs(self, lengths):
         i = np.arange(max(lengths.offset, 0), lengths.kv_len)

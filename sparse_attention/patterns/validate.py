@@ -5,9 +5,15 @@ from __future__ import annotations
 from numbers import Integral
 
 
-def integer(name: str, value: object, minimum: int) -> int:
+# No sequence is longer; products of two such numbers still fit in 64 bits.
+LONGEST = 2**31
+
+
+def integer(name: str, value: object, minimum: int, maximum: int = LONGEST) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
         raise ValueError(f"{name} is {value!r}; expected an int of at least {minimum}")
+    if value > maximum:
+        raise ValueError(f"{name} is {value!r}; expected at most {maximum}")
     return int(value)
 
 
