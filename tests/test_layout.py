@@ -15,12 +15,9 @@ from tests.strategies import calls
 
 
 def bits_of(masks: torch.Tensor) -> list[np.ndarray]:
-    """int64 [n, rows, words] -> n bool arrays [rows, columns]."""
-    tables = []
-    for mask in masks.tolist():
-        lines = [[word >> c & 1 for word in words for c in range(64)] for words in mask]
-        tables.append(np.array(lines, dtype=np.int64))
-    return tables
+    """int64 [n, rows, words] -> n arrays of 0 and 1 [rows, columns]."""
+    words = masks.numpy()[..., None]
+    return list((words >> np.arange(64) & 1).reshape(*masks.shape[:2], masks.shape[2] * 64))
 
 
 def expand(layout) -> np.ndarray:
