@@ -204,9 +204,11 @@ std::tuple<Tensor, Tensor, Tensor> gather_backward(const Tensor& dout, const std
 
 PYBIND11_MODULE(_kernels, m) {
   namespace sa = sparse_attention::bindings;
-  py::class_<sa::Layout>(m, "Layout").def(py::init<int64_t, int64_t, int64_t, const std::vector<std::vector<at::Tensor>>&>());
-  py::class_<sa::Rows>(m, "Rows").def(
-      py::init<const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t, int64_t>());
+  // module_local: libraries of two revisions can be loaded side by side.
+  py::class_<sa::Layout>(m, "Layout", py::module_local())
+      .def(py::init<int64_t, int64_t, int64_t, const std::vector<std::vector<at::Tensor>>&>());
+  py::class_<sa::Rows>(m, "Rows", py::module_local())
+      .def(py::init<const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t, int64_t>());
   m.def("tile_forward", &sa::tile_forward);
   m.def("tile_backward", &sa::tile_backward);
   m.def("gather_forward", &sa::gather_forward);
