@@ -24,22 +24,30 @@ constexpr int kWide = 4, kDotRows = 4;
 constexpr int kWide = 3, kDotRows = 4;
 #endif
 
+// Elements of head_dim that are summed before the sum goes to memory: a longer chain of additions rounds worse than PyTorch's GEMM.
+constexpr int kDotDepth = 64;
+
 template <class A, int R, int V>
 inline void dot_block(const A* rows, int64_t row_stride, const A* packed, int dim, A* score) {
   constexpr int L = Simd<A>::lanes;
-  Vec<A> sum[R][V] = {};
-  for (int d = 0; d < dim; ++d) {
-    Vec<A> lane[V];
-    for (int v = 0; v < V; ++v) lane[v] = load(packed + d * kTile + v * L);
+  for (int begin = 0; begin < dim; begin += kDotDepth) {
+    Vec<A> sum[R][V] = {};
+    for (int d = begin; d < std::min(begin + kDotDepth, dim); ++d) {
+      Vec<A> lane[V];
+      for (int v = 0; v < V; ++v) lane[v] = load(packed + d * kTile + v * L);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const Vec<A> x = splat(rows[r * row_stride + d]);
+      for (int r = 0; r < R; ++r) {
+        const Vec<A> x = splat(rows[r * row_stride + d]);
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) sum[r][v] += x * lane[v];
+        for (int v = 0; v < V; ++v) sum[r][v] += x * lane[v];
+      }
     }
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < V; ++v) {
+        A* s = score + r * kTile + v * L;
+        store(s, begin ? load(s) + sum[r][v] : sum[r][v]);
+      }
   }
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) store(score + r * kTile + v * L, sum[r][v]);
 }
 
 // `first` and `last` are the rows whose products are wanted; total is first multiplied by decay unless that is null. The products are
