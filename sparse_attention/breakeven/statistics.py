@@ -71,15 +71,22 @@ def clopper_pearson(events: int, trials: int, confidence: float = 0.95) -> tuple
 
 
 @lru_cache(maxsize=4096)
-def t_quantile(p: float, df: int) -> float:
+def t_quantile(p: float, df: float) -> float:
     """Quantile of Student's t distribution with `df` degrees of freedom."""
     if not 0 < p < 1 or df < 1:
-        raise ValueError(f"p must lie in (0, 1) and df be positive, got {p} and {df}")
+        raise ValueError(f"p must lie in (0, 1) and df be at least 1, got {p} and {df}")
     if p < 0.5:
         return -t_quantile(1 - p, df)
     # P(|T| > t) = I_x(df / 2, 1 / 2) at x = df / (df + t^2)
     x = _beta_quantile(2 * (1 - p), df / 2, 0.5) if p > 0.5 else 1.0
     return math.sqrt(df * (1 - x) / x)
+
+
+def t_tail(t: float, df: float) -> float:
+    """P(T > t) of Student's t distribution, for t >= 0."""
+    if t < 0 or not df > 0:
+        raise ValueError(f"t must not be negative and df be positive, got {t} and {df}")
+    return _beta_cdf(df / (df + t * t), df / 2, 0.5) / 2
 
 
 def _beta_quantile(p: float, a: float, b: float) -> float:
