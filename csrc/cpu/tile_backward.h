@@ -35,17 +35,17 @@ inline void load_queries(const BackwardParams& p, int batch, int head, int first
   }
 }
 
-// On entry weight holds scores (in units of log2) and grad the products dout . v; on return the softmax weights and the
+// On entry weight holds dot products of q * factor and k, and grad those of dout and v; on return the softmax weights and the
 // gradient of the scores. `lse_of(r)` and `delta_of(r)` are vectors over the lanes of group `group`.
 template <class A, class LseOf, class DeltaOf>
-inline void score_gradient(const Block<A>& block, int group, A* weight, A* grad, LseOf lse_of, DeltaOf delta_of) {
+inline void score_gradient(const Block<A>& block, int group, A log2, A* weight, A* grad, LseOf lse_of, DeltaOf delta_of) {
   constexpr int L = Simd<A>::lanes;
   using V = Vec<A>;
   const V none = splat<A>(-kInfinity<A>);
   for (int r = block.low[group]; r < block.high[group]; ++r) {
     A* w = weight + r * kTile + group * L;
     A* g = grad + r * kTile + group * L;
-    V exponent = load(w) - lse_of(r);
+    V exponent = load(w) * log2 - lse_of(r);
     if (block.masked) exponent = select_bits<A>(block.bits(r, group), exponent, none);
     const V weight_r = exp2_nonpositive<A>(exponent);
     V grad_r = weight_r * (load(g) - delta_of(r));
@@ -78,8 +78,8 @@ inline void store_gradient(A* packed, A factor, int lanes, int dim, const Sequen
 template <class T>
 void query_gradient(const BackwardParams& p, const LayoutParams& layout, const Item& item, BackwardScratch<Acc<T>>& s) {
   using A = Acc<T>;
-  constexpr A log2e = A(1.4426950408889634);
   constexpr int L = Simd<A>::lanes;
+  const ScoreScale<A> scale(p.scale);
   const View& view = *item.view;
   const int kv_head = item.head / (p.heads / p.kv_heads), dim = p.head_dim;
   const int lanes = std::min(kTile, view.q_count - item.tile * kTile), groups = ceil_div(lanes, L);
@@ -90,7 +90,7 @@ void query_gradient(const BackwardParams& p, const LayoutParams& layout, const I
   const auto k = sequence<const T>(p.k, item.batch, kv_head, view.k_first, view.stride);
   const auto v = sequence<const T>(p.v, item.batch, kv_head, view.k_first, view.stride);
   const auto dq = sequence<A>(p.dq, item.batch, item.head, q_first, view.stride);
-  pack(q.data, q.stride, lanes, dim, A(p.scale) * log2e, s.a);
+  pack(q.data, q.stride, lanes, dim, scale.factor, s.a);
   pack(dout.data, dout.stride, lanes, dim, A(1), s.b);
   load_queries(p, item.batch, item.head, q_first, view.stride, lanes, s.lse, s.delta);
   std::fill(s.total_a, s.total_a + dim * kTile, A(0));
@@ -106,7 +106,7 @@ void query_gradient(const BackwardParams& p, const LayoutParams& layout, const I
       dot_block_rows(block, block_rows(v.data, v.stride, block, dim, s.row_b), s.b, dim, groups, s.grad);
       for (int g = 0; g < groups; ++g)
         score_gradient(
-            block, g, s.weight, s.grad, [&](int) { return load(s.lse + g * L); }, [&](int) { return load(s.delta + g * L); });
+            block, g, scale.log2, s.weight, s.grad, [&](int) { return load(s.lse + g * L); }, [&](int) { return load(s.delta + g * L); });
       accumulate_gradient(block, keys, groups, dim, s.grad, s.total_a);
     }
   }
@@ -118,7 +118,7 @@ void query_gradient(const BackwardParams& p, const LayoutParams& layout, const I
 template <class T>
 void key_gradient(const BackwardParams& p, const LayoutParams& layout, const Item& item, BackwardScratch<Acc<T>>& s) {
   using A = Acc<T>;
-  constexpr A log2e = A(1.4426950408889634);
+  const ScoreScale<A> scale(p.scale);
   const View& view = *item.view;
   const int kv_head = item.head / (p.heads / p.kv_heads), dim = p.head_dim;
   const int lanes = std::min(kTile, view.k_count - item.tile * kTile), groups = ceil_div(lanes, Simd<A>::lanes);
@@ -130,7 +130,7 @@ void key_gradient(const BackwardParams& p, const LayoutParams& layout, const Ite
   const auto dout = sequence<const T>(p.dout, item.batch, item.head, view.q_first, view.stride);
   const auto dk = sequence<A>(p.dk, item.batch, kv_head, k_first, view.stride);
   const auto dv = sequence<A>(p.dv, item.batch, kv_head, k_first, view.stride);
-  pack(k.data, k.stride, lanes, dim, A(p.scale) * log2e, s.a);
+  pack(k.data, k.stride, lanes, dim, scale.factor, s.a);
   pack(v.data, v.stride, lanes, dim, A(1), s.b);
   std::fill(s.total_a, s.total_a + dim * kTile, A(0));
   std::fill(s.total_b, s.total_b + dim * kTile, A(0));
@@ -150,7 +150,7 @@ void key_gradient(const BackwardParams& p, const LayoutParams& layout, const Ite
       dot_block_rows(block, grads, s.b, dim, groups, s.grad);
       for (int g = 0; g < groups; ++g)
         score_gradient(
-            block, g, s.weight, s.grad, [&](int r) { return splat<A>(s.lse[block.row(r) - query]); },
+            block, g, scale.log2, s.weight, s.grad, [&](int r) { return splat<A>(s.lse[block.row(r) - query]); },
             [&](int r) { return splat<A>(s.delta[block.row(r) - query]); });
       accumulate_gradient(block, grads, groups, dim, s.weight, s.total_b);
       accumulate_gradient(block, queries, groups, dim, s.grad, s.total_a);

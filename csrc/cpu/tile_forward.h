@@ -9,6 +9,19 @@
 
 namespace sparse_attention {
 
+// How the score of a pair is made of the dot product of q * factor and k: dot * natural, or dot * log2 for powers of two. Scaling after
+// the product keeps q, and so the products of two 16-bit numbers, exact; a scale that might overflow on the way goes into q.
+template <class A>
+struct ScoreScale {
+  explicit ScoreScale(double scale) {
+    const bool after = std::abs(scale) > 1e-9 && std::abs(scale) < 1e9;
+    factor = after ? A(scale < 0 ? -1 : 1) : A(scale);
+    natural = after ? A(std::abs(scale)) : A(1);
+    log2 = A(double(natural) * 1.4426950408889634);
+  }
+  A factor, natural, log2;
+};
+
 template <class A>
 struct ForwardScratch {
   explicit ForwardScratch(int dim) : arena(size_t(kTile) * (4 * dim + kTile + 3)) {
@@ -25,9 +38,9 @@ struct ForwardScratch {
   A *q, *total, *score, *maximum, *sum, *decay, *k, *v;
 };
 
-// Turns the scores of one group of lanes (in units of log2) into weights, and moves its running maximum and sum.
+// Turns the dot products of one group of lanes into weights, and moves its running maximum and sum.
 template <class A>
-inline void online_softmax(const Block<A>& block, int group, A* score, A* maximum, A* sum, A* decay) {
+inline void online_softmax(const Block<A>& block, int group, A log2, A* score, A* maximum, A* sum, A* decay) {
   constexpr int L = Simd<A>::lanes;
   using V = Vec<A>;
   const int low = block.low[group], high = block.high[group];
@@ -44,10 +57,10 @@ inline void online_softmax(const Block<A>& block, int group, A* score, A* maximu
     most = s > most ? s : most;
   }
   const V origin = most == none ? V{} : most;  // a lane that has seen no key yet
-  const V factor = exp2_nonpositive<A>(before - origin);
+  const V factor = exp2_nonpositive<A>((before - origin) * log2);
   V total = {};
   for (int r = low; r < high; ++r) {
-    const V weight = exp2_nonpositive<A>(load(column + r * kTile) - origin);
+    const V weight = exp2_nonpositive<A>((load(column + r * kTile) - origin) * log2);
     store(column + r * kTile, weight);
     total += weight;
   }
@@ -82,7 +95,7 @@ inline void dot_block_rows(const Block<A>& block, const Rows<A>& rows, const A* 
 template <class T>
 void forward_item(const ForwardParams& p, const LayoutParams& layout, const Item& item, ForwardScratch<Acc<T>>& s) {
   using A = Acc<T>;
-  constexpr A log2e = A(1.4426950408889634), ln2 = A(0.6931471805599453);
+  const ScoreScale<A> scale(p.scale);
   const View& view = *item.view;
   const int kv_head = item.head / (p.heads / p.kv_heads), dim = p.head_dim;
   const int query = item.tile * kTile, lanes = std::min(kTile, view.q_count - query);
@@ -96,11 +109,11 @@ void forward_item(const ForwardParams& p, const LayoutParams& layout, const Item
   const auto out_acc = sequence<A>(p.out, item.batch, item.head, q_first, view.stride);
   A* lse = static_cast<A*>(p.lse) + (int64_t(item.batch) * p.heads + item.head) * p.q_len + q_first;
 
-  pack(q.data, q.stride, lanes, dim, A(p.scale) * log2e, s.q);
+  pack(q.data, q.stride, lanes, dim, scale.factor, s.q);
   if (p.accumulate) {  // go on from where the earlier parts stopped
     pack(out_acc.data, out_acc.stride, lanes, dim, A(1), s.total);
     for (int l = 0; l < kTile; ++l) {
-      s.maximum[l] = l < lanes ? lse[int64_t(l) * view.stride] * log2e : -kInfinity<A>;
+      s.maximum[l] = l < lanes ? lse[int64_t(l) * view.stride] / scale.natural : -kInfinity<A>;
       s.sum[l] = s.maximum[l] == -kInfinity<A> ? A(0) : A(1);
     }
   } else {
@@ -117,13 +130,13 @@ void forward_item(const ForwardParams& p, const LayoutParams& layout, const Item
       if (!block.select(tile, view.k_count, mask, groups)) continue;
       dot_block_rows(block, block_rows(k.data, k.stride, block, dim, s.k), s.q, dim, groups, s.score);
       for (int g = 0; g < groups; ++g)
-        if (block.low[g] < block.high[g]) online_softmax(block, g, s.score, s.maximum, s.sum, s.decay);
+        if (block.low[g] < block.high[g]) online_softmax(block, g, scale.log2, s.score, s.maximum, s.sum, s.decay);
       accumulate_values(block, block_rows(v.data, v.stride, block, dim, s.v), groups, dim, s.score, s.decay, s.total);
     }
   }
 
   for (int l = 0; l < lanes; ++l)
-    lse[int64_t(l) * view.stride] = s.sum[l] == 0 ? -kInfinity<A> : s.maximum[l] * ln2 + std::log(s.sum[l]);
+    lse[int64_t(l) * view.stride] = s.sum[l] == 0 ? -kInfinity<A> : s.maximum[l] * scale.natural + std::log(s.sum[l]);
   for (int l = 0; l < kTile; ++l) s.decay[l] = s.sum[l] == 0 ? A(0) : A(1) / s.sum[l];
   if (p.out_accumulator)
     unpack(s.total, s.decay, lanes, dim, out_acc.data, out_acc.stride);
