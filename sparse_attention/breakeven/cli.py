@@ -205,7 +205,7 @@ def _parser() -> argparse.ArgumentParser:
     measuring = argparse.ArgumentParser(add_help=False)
     measuring.add_argument("--budget", type=seconds, default=Settings.budget_s, metavar="TIME", help="such as 60s or 5m")
     measuring.add_argument("--threads", type=positive, default=machine.cores())
-    measuring.add_argument("--device", choices=("cpu", "cuda", "cuda-graph"), default="cpu")
+    measuring.add_argument("--device", default="cpu", help="cpu, cuda, cuda-graph or the module:Class of a clock")
     measuring.add_argument("--resume", metavar="FILE", help="go on from a run that was cut short")
     measuring.add_argument("--dry-run", action="store_true", help="say what would be measured")
     measuring.add_argument("--markdown", metavar="FILE", help="append the table to this file")

@@ -16,9 +16,9 @@ from . import clock as clocks
 from . import machine, sampling
 from .case import Case, Workload
 from .progress import Progress
+from .race import Settings
 from .result import Result, judge_record, result
 from .store import Block, Record
-from .verdict import Policy
 
 BLOCK_S = 2.0  # time for the pairs of one comparison in one block
 
@@ -28,8 +28,8 @@ class Comparisons:
     started serves them all; only tests that need a second look are run again alone.
     """
 
-    def __init__(self, config: pytest.Config, policy: Policy, threads: int):
-        self._config, self._policy, self._threads = config, policy, threads
+    def __init__(self, config: pytest.Config, settings: Settings):
+        self._config, self._policy, self._threads, self._device = config, settings.policy, settings.threads, settings.device
         self.nodes: dict[str, str] = {}  # node id -> what to tell pytest to run it
         self.records: dict[str, Record] = {}
         self._started = False
@@ -42,6 +42,8 @@ class Comparisons:
             for number in range(self._policy.blocks):
                 progress.status(f"block {number + 1} of {self._policy.blocks}+ of {len(self.nodes)} tests")
                 self._block(list(self.nodes))
+                if self.records and all(r.error is not None for r in self.records.values()):
+                    break
         record = self.records.setdefault(key, Record(case))
         record.case = case
         if not record.blocks and record.error is None:
@@ -66,6 +68,7 @@ class Comparisons:
                 options += ["-c", str(self._config.inipath)]
             command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options]
             command += ["--rootdir", str(self._config.rootpath), "--breakeven-worker", f"{number}:{path}"]
+            command += ["--breakeven-device", self._device, "--breakeven-threads", str(self._threads)]
             environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
             for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
                 environment[name] = str(self._threads)
@@ -95,16 +98,16 @@ class Comparisons:
 class BlockWriter:
     """In the fresh process: measures one block of each comparison it meets and appends it to a file."""
 
-    def __init__(self, target: str, threads: int):
+    def __init__(self, target: str, threads: int, device: str):
         number, _, self._path = target.partition(":")
-        self._number = int(number)
+        self._number, self._device = int(number), device
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, machine.pinned(threads))
 
     def block(self, key: str, workload: Workload) -> None:
         entry: dict[str, Any] = {"key": key, "error": None}
         try:
-            entry["samples"] = vars(_one_block(workload, self._number))
+            entry["samples"] = vars(_one_block(workload, self._number, self._device))
         except Exception as error:
             entry["error"] = sampling.summary(error)
         with open(self._path, "a") as f:
@@ -120,8 +123,8 @@ def same_as_baseline(baseline: Callable[[], Any]) -> Callable[[Any], None]:
     return check
 
 
-def _one_block(workload: Workload, number: int) -> sampling.Samples:
-    clock = clocks.make("cpu")
+def _one_block(workload: Workload, number: int, device: str) -> sampling.Samples:
+    clock = clocks.kind(device)()
     sampling.check_fresh(workload, seed=number)
     members = {"": workload.baselines["baseline"], "candidate": workload.candidate}
     seconds = {name: sampling.estimate(call, clock) for name, call in members.items()}

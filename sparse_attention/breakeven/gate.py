@@ -32,9 +32,10 @@ class Gate:
         self._config = config
         option = config.option
         policy = Sequential() if option.breakeven_policy == "sequential" else TwoStage()
-        self._settings = Settings(option.breakeven_budget, option.breakeven_threads, policy)
-        self._worker = option.breakeven_worker and BlockWriter(option.breakeven_worker, option.breakeven_threads)
-        self._comparisons = Comparisons(config, policy, option.breakeven_threads)
+        self._settings = Settings(option.breakeven_budget, option.breakeven_threads, policy, option.breakeven_device)
+        target = option.breakeven_worker
+        self._worker = BlockWriter(target, self._settings.threads, self._settings.device) if target else None
+        self._comparisons = Comparisons(config, self._settings)
         self._cases: dict[str, Case] = {}
         self._run: Run | None = None
         self._raced: dict[str, Result] = {}
@@ -51,7 +52,7 @@ class Gate:
             self._measure({**self._cases, case.id: case})
         found = self._raced[case.id]
         record = self._run.records[case.id]
-        if record.blocks and self._config.pluginmanager.hasplugin("benchmark"):
+        if record.blocks and "benchmark" in request.fixturenames:
             samples = [s for b in record.blocks for s in (b.candidate_s if impl == "sparse" else b.baseline_s)]
             replay(request, samples, {"breakeven": found.as_dict()})
         if impl == "sparse":
@@ -74,14 +75,19 @@ class Gate:
     def results(self) -> list[Result]:
         return [*self._raced.values(), *self._compared.values()]
 
+    def prepare(self, items: list[pytest.Item]) -> None:
+        """Before pytest-benchmark looks for its fixture: give it to the tests that race."""
+        for item in items:
+            case = _case_of(item)
+            if case is not None and hasattr(self._config.option, "benchmark_only"):
+                prepare(item, group=case.id)
+
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items):
         for item in items:
-            case = getattr(item, "callspec", None) and item.callspec.params.get("case")
-            if isinstance(case, Case) and "breakeven_race" in item.fixturenames:
+            case = _case_of(item)
+            if case is not None:
                 self._cases[case.id] = case
-                if self._config.pluginmanager.hasplugin("benchmark"):
-                    prepare(item, group=case.id)
             elif "breakeven" in getattr(item, "fixturenames", ()):
                 self._comparisons.nodes[item.nodeid] = f"{item.path}::{item.nodeid.partition('::')[2]}"
         if self._selected and not self._worker and not self._config.option.collectonly:
@@ -183,3 +189,8 @@ class Gate:
         with capture.global_and_fixture_disabled() if capture else contextlib.nullcontext():
             sys.stderr.write("\n")
             yield Progress(sys.stderr)
+
+
+def _case_of(item: pytest.Item) -> Case | None:
+    case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
+    return case if isinstance(case, Case) and "breakeven_race" in item.fixturenames else None

@@ -46,7 +46,7 @@ def pinned(threads: int) -> list[int]:
 
 def machine_class(device: str = "cpu") -> str:
     """A name shared by machines whose ratios may be compared, such as `cpu/zen4/2c` or `cuda/h100`."""
-    if device != "cpu":
+    if device.startswith("cuda"):
         import torch
 
         words = torch.cuda.get_device_name().lower().replace("nvidia", "").replace("geforce", "").split()
@@ -57,7 +57,7 @@ def machine_class(device: str = "cpu") -> str:
 def describe(device: str = "cpu") -> dict[str, Any]:
     """What a reader needs beside a number. Imports nothing heavy."""
     info = _cpuinfo()
-    commit, dirty = _commit()
+    commit, committed, dirty = _commit()
     return {
         "class": machine_class(device),
         "cpu": info.get("model name", platform.processor() or platform.machine()),
@@ -67,6 +67,7 @@ def describe(device: str = "cpu") -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in ("sparse-attention", "torch", "numpy", "pytest-benchmark")},
         "commit": commit,
+        "committed": committed,
         "dirty": dirty,
         "load": _load(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -156,18 +157,19 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _commit() -> tuple[str | None, bool]:
-    """Commit of the source tree this package is imported from, and whether it has changes; (None, False) outside one."""
+def _commit() -> tuple[str | None, str | None, bool]:
+    """Commit of the source tree this package is imported from, its date, and whether it has changes; none outside one."""
     here = os.path.dirname(os.path.abspath(sys.modules[__name__].__file__))
 
     def git(*arguments):
         return subprocess.run(["git", "-C", here, *arguments], capture_output=True, text=True, timeout=10)
 
     try:
-        head = git("rev-parse", "HEAD")
+        head = git("log", "-1", "--format=%H %cI")
         if head.returncode:
-            return None, False
+            return None, None, False
         changes = git("status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.TimeoutExpired):
-        return None, False
-    return head.stdout.strip(), bool(changes.stdout.strip())
+        return None, None, False
+    commit, committed = head.stdout.split()
+    return commit, committed, bool(changes.stdout.strip())

@@ -26,6 +26,7 @@ def pytest_addoption(parser):
     group = parser.getgroup("breakeven", "performance against a baseline")
     group.addoption("--breakeven-budget", type=seconds, default=Settings.budget_s, metavar="TIME", help="such as 60s or 5m")
     group.addoption("--breakeven-threads", type=positive, default=machine.cores(), metavar="N")
+    group.addoption("--breakeven-device", default="cpu", help="cpu, cuda, cuda-graph or the module:Class of a clock")
     group.addoption("--breakeven-policy", choices=("two-stage", "sequential"), default="two-stage")
     group.addoption("--breakeven-json", metavar="FILE", help="store the run, with the times of every block")
     group.addoption("--breakeven-strict", action="store_true", help="exit 11 when a case is inconclusive")
@@ -36,6 +37,11 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.stash[_KEY] = Gate(config)
     config.pluginmanager.register(config.stash[_KEY], "breakeven-gate")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    config.stash[_KEY].prepare(items)
 
 
 @pytest.fixture

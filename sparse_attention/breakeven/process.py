@@ -58,7 +58,7 @@ def run(
         "seed": seed,
         "cores": cores,
         "path": [entry or os.getcwd() for entry in sys.path],
-        "modules": _modules(cases),
+        "modules": _modules([case.build for case in cases] + [device] * (":" in device)),
         **fields,
     }
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
@@ -116,11 +116,11 @@ def run(
     return result
 
 
-def _modules(cases: Iterable[Case]) -> list[tuple[str, str, bool]]:
-    """Top-level modules of the builders as this process has them (asv and pytest import some from outside sys.path),
+def _modules(functions: Iterable[str]) -> list[tuple[str, str, bool]]:
+    """Top-level modules of these "module:name" as this process has them (asv and pytest import some from outside sys.path),
     and this harness, should it have been taken from elsewhere than its parent package.
     """
-    names = {case.build.split(":")[0].split(".")[0] for case in cases} - {"sparse_attention", "__main__"}
+    names = {name.split(":")[0].split(".")[0] for name in functions} - {"sparse_attention", "__main__"}
     names.add(_HARNESS)
     known = []
     for name in sorted(names):

@@ -10,7 +10,7 @@ from typing import Any
 
 from . import machine, process, sampling
 from .case import Case
-from .clock import CLOCKS
+from .clock import kind
 from .progress import Progress, duration
 from .result import judge_record
 from .store import Block, Record, Run
@@ -120,7 +120,7 @@ class Race:
             members[record.case.id] = record.scout["candidate_s"]
             if record.baseline is not None:
                 members[""] = record.scout["baselines"][record.baseline]
-        least_s = CLOCKS[self.settings.device].least_s
+        least_s = kind(self.settings.device).least_s
         plans = sampling.plan(groups, least_s, block_s - self._overhead(records))
         return plans, sampling.planned_seconds(groups, plans) + self._overhead(records)
 

@@ -35,7 +35,7 @@ def main(job: dict[str, Any]) -> None:
 
 def scout(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
     """Check every case on changing inputs; choose the fastest baseline; take rough times and peak memory."""
-    clock = clocks.make(job["device"])
+    clock = clocks.kind(job["device"])()
     found, baselines = {}, {}
     for number, case in enumerate(_cases(job)):
         where = f"{number + 1} of {len(job['cases'])}: {case.id}"
@@ -68,6 +68,7 @@ def scout(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
             "baselines": {name: s for name, (s, _) in baselines[group].items()},
             "baseline_peak_bytes": {name: p for name, (_, p) in baselines[group].items()},
             "scale": workload.scale,
+            "work": dict(workload.work),
             "note": workload.note,
         }
     return found
@@ -76,7 +77,7 @@ def scout(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
 def block(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
     """One block of every case: check, measure, check again."""
     start = Usage.now(with_steal=True)
-    clock = clocks.make(job["device"])
+    clock = clocks.kind(job["device"])()
     loaded, errors = {}, {}
     cases = _cases(job)
     for case in cases:
@@ -114,7 +115,7 @@ def block(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
 
 def columns(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
     """Time each case's further rivals beside its candidate, in one process: for information, no interval."""
-    clock = clocks.make(job["device"])
+    clock = clocks.kind(job["device"])()
     deadline = time.perf_counter() + job["budget_s"]
     found: dict[str, dict[str, Any]] = {}
     for case in _cases(job):

@@ -1,0 +1,142 @@
+"""The second gate: this revision's candidate against the same candidate of a base revision, interleaved in one process.
+
+Both are built by the same builder over the same inputs. Two builds of one kernel feel memory, cores and minutes alike, so this
+pair is much sharper than sparse against dense; and nothing but the revision differs between its sides.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+from . import revision, sampling
+from .case import Case, Unavailable, Workload
+from .result import Result
+from .statistics import Interval, t_quantile
+from .verdict import Verdict
+
+FLOOR = 0.97  # code that does the same moves by a percent or two when its place in memory changes
+LABELS = ("base", "head")
+CHANGED_ALPHA = 0.005  # error probability of each side of what is called slower or faster
+
+
+@dataclass(frozen=True)
+class Base:
+    """A revision that was unpacked into `folder`, and the packages that are taken from it."""
+
+    commit: str
+    folder: str
+    packages: tuple[str, ...] = ("sparse_attention",)
+
+    @classmethod
+    def of(cls, name: str, packages: Iterable[str] = (), prepare: str = "", repository: str | os.PathLike = ".") -> Base:
+        """Unpack the revision `name` of the git repository around `repository`; ValueError when that cannot be done."""
+        commit = revision.resolve(name, repository)
+        folder = revision.checkout(commit, repository, prepare)
+        return cls(commit, str(folder), tuple(packages) or cls.packages)
+
+
+def against(cases: Iterable[Case], base: Base, floor: float = FLOOR) -> list[Case]:
+    """The same cases, each raced against itself in the base revision."""
+    return [
+        Case(
+            case.id,
+            f"{__name__}:pair",
+            {"build": case.build, "args": dict(case.args), "commit": base.commit, "folder": base.folder, "packages": base.packages},
+            floor,
+            case.tags,
+        )
+        for case in cases
+    ]
+
+
+def pair(build: str, args: Mapping[str, Any], commit: str, folder: str, packages: Sequence[str]) -> Workload:
+    """This revision's candidate and, as its only baseline, the base revision's."""
+    head = Case("head", build, args).load()
+    what = f"base {commit[:10]}"
+    base = _base_workload(build, args, folder, tuple(packages), what)
+    _share_inputs(base.inputs, head.inputs, what)
+    try:
+        sampling.check(base)
+    except sampling.WrongOutput as error:
+        raise Unavailable(f"{what} gives a wrong output: {error}") from error
+
+    def refresh(seed):
+        head.refresh(seed)
+        (base.refresh or head.refresh)(seed)
+
+    return Workload(
+        head.candidate, {what: base.candidate}, head.check, head.inputs, head.refresh and refresh, note=head.note
+    )
+
+
+def detects(result: Result) -> float:
+    """The slowdown of head against base that these blocks find with 95 % power: to the floor, and beyond it."""
+    return (1 + result.detects) / result.floor - 1 if result.detects is not None else math.inf
+
+
+def text(results: Iterable[Result], commit: str) -> str:
+    """A line for each case that is slower or faster than in the base revision, and how small a slowdown would be found."""
+    results = [r for r in results if r.interval is not None and r.interval.blocks > 1 and r.verdict is not Verdict.WRONG]
+    lines = []
+    for found in results:
+        seen = _surer(found.interval)
+        if seen.low <= 1.0 <= seen.high:
+            continue
+        change = f"{100 * abs(1 / seen.speedup - 1):.1f} % {'slower' if seen.speedup < 1 else 'faster'}"
+        times = f"{1 / seen.high:.3f} to {1 / seen.low:.3f} times as long"
+        lines.append(f"{found.id}: the kernel moved: {change} than in {commit[:10]} ({times}); only the revision differs here")
+    if not lines and results:
+        lines.append(f"no kernel moved against {commit[:10]}")
+    reach = [detects(r) for r in results]
+    if reach:
+        quietest, noisiest = (f"{100 * x:.1f} %" for x in (min(reach), max(reach)))
+        lines.append(f"slowdowns of a kernel found with 95 % power: {quietest} in the quietest case, {noisiest} in the noisiest")
+    return "\n".join(lines)
+
+
+def _surer(found: Interval) -> Interval:
+    half = t_quantile(1 - CHANGED_ALPHA, found.blocks - 1) * found.sd / math.sqrt(found.blocks)
+    return replace(found, low=found.speedup * math.exp(-half), high=found.speedup * math.exp(half), alpha=CHANGED_ALPHA)
+
+
+def _base_workload(build: str, args: Mapping[str, Any], folder: str, packages: tuple[str, ...], what: str) -> Workload:
+    """From this revision's builder over the base's packages; should those lack something it wants, from the base's builder."""
+    top = build.split(":")[0].partition(".")[0]
+    failures = []
+    for label, taken in (("base", packages), ("base_own", (*packages, top))):
+        try:
+            others = _load(folder, taken, top, label)
+            module, function = build.split(":")
+            found = getattr(others.module(module), function)(**args)
+            others.require_apart()
+            return found
+        except Unavailable:
+            raise
+        except Exception as error:
+            failures.append(f"{', '.join(sorted({*taken}))} of the base: {sampling.summary(error)}")
+    raise Unavailable(f"{what} cannot run it; with " + "; with ".join(failures))
+
+
+@cache
+def _load(folder: str, packages: tuple[str, ...], along: str, label: str) -> revision.Renamed:
+    return revision.load(folder, packages, (along,), label)
+
+
+def _share_inputs(base: Sequence[Any], head: Sequence[Any], what: str) -> None:
+    """Let the base work on the very memory of this revision's inputs, where both are torch tensors."""
+    if [_kind(x) for x in base] != [_kind(x) for x in head]:
+        raise Unavailable(f"{what} has other inputs: {[_kind(x) for x in base]} instead of {[_kind(x) for x in head]}")
+    torch = sys.modules.get("torch")
+    for theirs, ours in zip(base, head):
+        if torch is not None and isinstance(ours, torch.Tensor) and theirs.stride() == ours.stride():
+            theirs.data = ours.data
+
+
+def _kind(x: Any) -> tuple[tuple[int, ...], str]:
+    return tuple(getattr(x, "shape", ())), str(getattr(x, "dtype", type(x).__name__))

@@ -1,0 +1,104 @@
+"""Workloads for the harness's own tests: they take no time, but say to a clock of their own how much they took."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import numpy as np
+
+from sparse_attention.breakeven import Case, Unavailable, Workload
+
+DEVICE = "tests.breakeven_toys:ToldClock"
+
+
+class ToldClock:
+    """Reads the seconds that workloads add to `now`."""
+
+    least_s = 1e-3
+    now = 0.0
+
+    def time(self, call, inner):
+        start = ToldClock.now
+        for _ in range(inner):
+            call()
+        return (ToldClock.now - start) / inner
+
+    def settle(self):
+        pass
+
+
+def take(seconds: float, spread: float = 0.01) -> None:
+    ToldClock.now += seconds * random.lognormvariate(0, spread)
+
+
+def doubling(fast: float = 1e-3, slow: float = 3e-3, fault: str = "", factor: float = 2.0) -> Workload:
+    """y = 2 x in `fast` seconds, against the same in `slow`. `fault` says what is wrong with it."""
+    x = np.arange(8.0)
+    kept = []
+
+    def candidate():
+        take(fast)
+        if fault == "zeros":
+            return np.zeros(8)
+        if fault == "yesterday":
+            kept.append(factor * x)
+            return kept[0].copy()
+        if fault == "cached":
+            kept.append(factor * x)
+            return kept[0]
+        if fault == "later":
+            kept.append(None)
+            return factor * x + (len(kept) > 15)
+        if fault == "raises":
+            raise RuntimeError("no such kernel image")
+        if fault == "dies":
+            os._exit(3)
+        return factor * x
+
+    def baseline():
+        take(slow)
+        return 2.0 * x
+
+    def check(out):
+        np.testing.assert_allclose(out, 2.0 * x)
+
+    def rival():
+        take(2 * fast)
+        return 2.0 * x
+
+    return Workload(
+        candidate,
+        {"plain": baseline, "worse": lambda: take(2 * slow)},
+        check,
+        inputs=[x],
+        columns={"rival": lambda: rival, "wrong": lambda: lambda: np.zeros(8)},
+    )
+
+
+_shared: list[np.ndarray] = []
+
+
+def shared(fast: float) -> Workload:
+    """Like `doubling`, over one array for all."""
+    if not _shared:
+        _shared.append(np.arange(8.0))
+    workload = doubling(fast)
+    workload.inputs, workload.check = _shared, None
+    return workload
+
+
+def nowhere() -> Workload:
+    raise Unavailable("needs a device that is not here")
+
+
+def case(name: str, floor: float = 1.0, limit_s: float | None = None, tags=(), columns=(), **args) -> Case:
+    return Case(name, "tests.breakeven_toys:doubling", args, floor, tuple(tags), limit_s=limit_s, columns=tuple(columns))
+
+
+CASES = [
+    case("quick", columns=("rival", "wrong")),
+    case("par", slow=1e-3, floor=1.05),
+    case("limited", limit_s=4e-3, tags=("small",)),
+    case("largest", tags=("full",)),
+]

@@ -1,0 +1,207 @@
+"""The pytest plugin seen from outside: exit codes, refusals, pytest-benchmark's numbers."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from tests import breakeven_toys as toys
+
+pytest_plugins = ["pytester"]
+
+ROOT = Path(__file__).resolve().parents[1]
+
+TABLE = """
+import pytest
+from tests.breakeven_toys import case
+
+@pytest.mark.parametrize("impl", ["dense", "sparse"])
+@pytest.mark.parametrize("case", [{cases}], ids=lambda c: c.id)
+def test_race(case, impl, breakeven_race):
+    breakeven_race(case, impl)
+"""
+
+PAIR = """
+import pytest
+import numpy as np
+from tests.breakeven_toys import doubling, take
+
+def test_pair(breakeven):
+    w = doubling(fast=1e-3, slow={slow}, fault={fault!r})
+    found = breakeven(w.candidate, w.baselines["plain"], at_least={floor}, inputs=w.inputs)
+    assert found.id
+"""
+
+
+@pytest.fixture
+def session(pytester, monkeypatch):
+    """Run pytest in a process of its own over one test file; returns its result."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+
+    def run(source, *options, benchmark=True):
+        pytester.makepyfile(test_it=source)
+        plugins = ["-p", "sparse_attention.breakeven.plugin", *(["-p", "pytest_benchmark.plugin"] if benchmark else [])]
+        settings = ["--breakeven-device", toys.DEVICE, "--breakeven-policy", "sequential"]
+        return pytester.runpytest_subprocess(*plugins, *settings, *options)
+
+    return run
+
+
+def table(*cases):
+    return TABLE.format(cases=", ".join(cases))
+
+
+def test_above_break_even_is_0(session):
+    found = session(table("case('quick')"))
+    assert found.ret == 0
+    found.stdout.re_match_lines([r".*break-even.*", r"machine: cpu/", r"case +dense +sparse", r"quick .*x \[.* PASS"])
+    found.stdout.fnmatch_lines(["1 pass   exit 0"])
+
+
+def test_candidate_equal_to_the_baseline_is_10(session):
+    found = session(table("case('quick')", "case('par', slow=1e-3, floor=1.05)"))
+    assert found.ret == 10
+    found.stdout.fnmatch_lines(["par: * of the baseline's speed, below 1.05x", "1 pass, 1 fail   exit 10"])
+    found.assert_outcomes(passed=3, failed=1)
+
+
+def test_a_wrong_kernel_is_1(session):
+    found = session(table("case('nil', fault='zeros')", "case('par', slow=1e-3, floor=1.05)"))
+    assert found.ret == 1
+    found.stdout.fnmatch_lines(["nil: wrong, so it has no time: AssertionError*"])
+
+
+def test_an_ordinary_failure_is_1_even_beside_a_slow_kernel(session):
+    found = session(table("case('par', slow=1e-3, floor=1.05)") + "\ndef test_other():\n    assert False\n")
+    assert found.ret == 1
+
+
+AWAY = "case('quick'), __import__('sparse_attention').breakeven.Case('away', 'tests.breakeven_toys:nowhere')"
+
+
+def test_not_evaluated_is_12_unless_allowed(session):
+    found = session(table(AWAY))
+    assert found.ret == 12
+    found.assert_outcomes(passed=3, skipped=1)
+    assert session(table(AWAY), "--breakeven-allow-not-evaluated").ret == 0
+
+
+def test_nothing_judged_is_13(session):
+    assert session("import pytest\npytestmark = pytest.mark.skip\n" + table("case('quick')")).ret == 13
+
+
+def test_a_renamed_case_is_not_0(session):
+    assert session(table("case('quick')"), "test_it.py::test_race[renamed-sparse]").ret == 4
+    assert session(table("case('quick')"), "-k", "renamed").ret == 5
+
+
+@pytest.mark.parametrize("option", ["--benchmark-disable", "--benchmark-skip"])
+def test_what_would_judge_nothing_is_refused(session, option):
+    found = session(table("case('quick')"), option)
+    assert found.ret == 4
+    found.stderr.fnmatch_lines([f"ERROR: {option} would judge nothing*"])
+
+
+def test_xdist_is_refused(session, pytester):
+    pytester.makeconftest(
+        "def pytest_addoption(parser):\n    parser.addoption('--numprocesses', type=int)\n"  # as xdist names it
+    )
+    found = session(table("case('quick')"), "--numprocesses", "2")
+    assert found.ret == 4
+    found.stderr.fnmatch_lines(["*run them without xdist*"])
+
+
+def test_listing_tests_measures_nothing(session):
+    assert session(table("case('quick')"), "--collect-only").ret == 0
+
+
+def test_other_tests_are_left_alone(session):
+    assert session("def test_one():\n    pass\n", "--benchmark-disable").ret == 0
+    assert session("def test_one():\n    assert 0\n").ret == 1
+
+
+def test_benchmark_json_holds_the_measured_times_and_the_verdict(session, pytester):
+    run = session(table("case('quick')"), "--benchmark-json=out.json", "--breakeven-json=run.json", "--benchmark-only")
+    assert run.ret == 0
+    run.stdout.re_match_lines([r"-+ benchmark 'quick': 2 tests -+"])
+    data = json.loads((pytester.path / "out.json").read_text())
+    stored = json.loads((pytester.path / "run.json").read_text())["cases"][0]["blocks"]
+    by_name = {b["name"]: b for b in data["benchmarks"]}
+    for impl, key in (("dense", "baseline_s"), ("sparse", "candidate_s")):
+        benchmark = by_name[f"test_race[quick-{impl}]"]
+        measured = [seconds for block in stored for seconds in block[key]]
+        assert benchmark["stats"]["data"] == pytest.approx(measured)
+        assert benchmark["extra_info"]["breakeven"]["verdict"] == "PASS"
+    assert data["breakeven"]["quick"]["speedup"] == pytest.approx(3.0, rel=0.05)
+    assert data["machine_info"]["breakeven"]["class"].startswith("cpu/")
+
+
+def test_benchmark_compare_works_and_warns_of_another_machine(session, pytester):
+    assert session(table("case('quick')"), "--benchmark-autosave").ret == 0
+    saved = next(pytester.path.glob(".benchmarks/*/*.json"))
+    data = json.loads(saved.read_text())
+    data["machine_info"]["breakeven"]["class"] = "cpu/abacus/1c"
+    saved.write_text(json.dumps(data))
+    found = session(table("case('quick')"), "--benchmark-compare")
+    assert found.ret == 0
+    found.stdout.fnmatch_lines(["*(NOW)*"])
+    assert "cpu/abacus/1c" in found.stdout.str() + found.stderr.str()
+
+
+def test_without_pytest_benchmark(session):
+    found = session(table("case('quick')", "case('par', slow=1e-3, floor=1.05)"), benchmark=False)
+    assert found.ret == 10
+
+
+def test_junit_carries_the_verdict(session, pytester):
+    session(table("case('quick')"), "--junitxml=out.xml")
+    assert re.search(r'name="breakeven" value="[^"]*PASS', (pytester.path / "out.xml").read_text())
+
+
+def test_fixture_passes(session):
+    found = session(PAIR.format(slow=3e-3, fault="", floor=2.0), benchmark=False)
+    assert found.ret == 0
+    found.stdout.re_match_lines([r"case +baseline +candidate", r"test_it.py::test_pair .*PASS"])
+
+
+def test_fixture_fails_with_10(session):
+    found = session(PAIR.format(slow=1e-3, fault="", floor=1.05))
+    assert found.ret == 10
+    found.assert_outcomes(failed=1)
+
+
+@pytest.mark.parametrize("fault", ["zeros", "yesterday"])
+def test_fixture_checks_against_the_baseline_by_default(session, fault):
+    found = session(PAIR.format(slow=3e-3, fault=fault, floor=1.0), benchmark=False)
+    assert found.ret == 1
+    found.stdout.fnmatch_lines(["*wrong, so it has no time*"])
+
+
+def test_fixture_serves_several_calls_and_tests(session):
+    source = PAIR.format(slow=3e-3, fault="", floor=1.0) + (
+        "\n@pytest.mark.parametrize('n', [2, 4])\n"
+        "def test_many(breakeven, n):\n"
+        "    for k in (1, 2):\n"
+        "        found = breakeven(lambda: take(1e-3), lambda: take(k * n * 1e-3))\n"
+        "        assert found.speedup is None or abs(found.speedup / (k * n) - 1) < 0.05\n"
+    )
+    found = session(source, benchmark=False)
+    assert found.ret == 0
+    found.stdout.fnmatch_lines(["5 pass   exit 0"])
+
+
+def test_fixture_takes_a_check_of_ones_own(session):
+    source = "\n".join(
+        [
+            "from tests.breakeven_toys import take",
+            "def check(out):",
+            "    assert out == 'right'",
+            "def test_pair(breakeven):",
+            "    breakeven(lambda: take(1e-3) or 'right', lambda: take(2e-3), check=check)",
+        ]
+    )
+    assert session(source, benchmark=False).ret == 0
+    assert session(source.replace("or 'right'", "or 'left'"), benchmark=False).ret == 1

@@ -1,0 +1,227 @@
+"""Whole races in fresh processes, the stored run, and the command line with its exit codes."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from sparse_attention.breakeven import Case, Race, Run, Sequential, Settings, Verdict, results, select
+from sparse_attention.breakeven.cli import main
+from sparse_attention.breakeven.progress import Silent
+from sparse_attention.breakeven.table import markdown, seconds, text
+from tests import breakeven_toys as toys
+from tests.breakeven_toys import case
+
+TABLE = ["--table", "tests.breakeven_toys:CASES"]
+MEASURE = [*TABLE, "--device", toys.DEVICE, "--budget", "20s", "--quiet", "--policy", "sequential"]
+
+
+def raced(cases, policy=Sequential((2,)), **settings):
+    chosen = Settings(budget_s=30.0, policy=policy, device=toys.DEVICE, **settings)
+    run = Race(cases, chosen, Silent()).execute()
+    return run, {r.id: r for r in results(run, policy)}
+
+
+@pytest.fixture(scope="module")
+def found():
+    faults = [case(fault, fault=fault) for fault in ("zeros", "yesterday", "later", "raises", "dies")]
+    away = [Case("away", "tests.breakeven_toys:nowhere"), Case("gone", "tests.breakeven_toys:no_such_builder")]
+    return raced([case("quick", columns=("rival", "wrong")), case("limited", limit_s=4e-3), *faults, *away])
+
+
+def test_speedup_is_over_the_fastest_baseline(found):
+    quick = found[1]["quick"]
+    assert quick.verdict is Verdict.PASS
+    assert quick.baseline == "plain"
+    assert quick.speedup == pytest.approx(3.0, rel=0.03)
+    assert (quick.baseline_s, quick.candidate_s) == (pytest.approx(3e-3, rel=0.03), pytest.approx(1e-3, rel=0.03))
+
+
+def test_a_limit_stands_in_for_a_baseline(found):
+    limited = found[1]["limited"]
+    assert limited.verdict is Verdict.PASS
+    assert limited.speedup == pytest.approx(4.0, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    "name, reason",
+    [
+        ("zeros", "AssertionError"),
+        ("yesterday", "after its inputs changed"),
+        ("later", "after it was timed"),
+        ("raises", "no such kernel image"),
+        ("dies", "exit status 3"),
+        ("gone", "no_such_builder"),
+    ],
+)
+def test_a_wrong_kernel_has_no_time(found, name, reason):
+    wrong = found[1][name]
+    assert wrong.verdict is Verdict.WRONG
+    assert reason in wrong.reason
+    assert wrong.candidate_s is None
+
+
+def test_a_case_that_cannot_run_here_is_not_evaluated(found):
+    assert found[1]["away"].verdict is Verdict.NOT_EVALUATED
+    assert "not here" in found[1]["away"].reason
+
+
+def test_columns_are_timed_beside_the_candidate_and_checked(found):
+    columns = found[1]["quick"].columns
+    assert columns["rival"]["speedup"] == pytest.approx(2.0, rel=0.05)
+    assert "AssertionError" in columns["wrong"]["error"]
+    assert "n/a" in text([found[1]["quick"]])
+
+
+def test_the_table_has_a_row_a_case(found):
+    shown = text(list(found[1].values()))
+    row = next(line for line in shown.splitlines() if line.startswith("quick"))
+    assert "3.0" in row and "x [" in row and "PASS" in row and "ms" in row
+    assert "limit 4.00 ms" in shown
+    assert "zeros: WRONG: AssertionError" in shown
+    assert markdown(list(found[1].values())).count("\n") == len(found[1]) + 1
+
+
+def test_a_run_survives_the_disk(found, tmp_path):
+    path = tmp_path / "run.json"
+    found[0].save(path)
+    again = {r.id: r for r in results(Run.load(path), Sequential((2,)))}
+    assert again == found[1]
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"schema": 99}', '{"schema": 1, "cases": [{}]}'])
+def test_a_foreign_file_is_refused(content, tmp_path):
+    path = tmp_path / "run.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match="run.json is not a stored run"):
+        Run.load(path)
+
+
+def test_candidate_equal_to_the_baseline_fails_a_floor_of_five_percent():
+    _, found = raced([case("par", slow=1e-3, floor=1.05)], policy=Sequential((5,)))
+    assert found["par"].verdict is Verdict.FAIL
+    assert found["par"].detects < 0.05
+
+
+def test_an_allowance_is_taken_off_the_candidate():
+    slow = Case("slow", "tests.breakeven_toys:doubling", {"fast": 1e-3, "slow": 0.9e-3}, allowance_s=0.2e-3)
+    _, found = raced([slow])
+    assert found["slow"].speedup == pytest.approx(0.9 / 0.8, rel=0.03)
+
+
+def test_shared_cases_have_equal_baseline_times():
+    pair = [Case(n, "tests.breakeven_toys:shared", {"fast": f}, share="x") for n, f in (("a", 1e-3), ("b", 2e-3))]
+    run, found = raced(pair)
+    assert [b.baseline_s for b in run.records["a"].blocks] == [b.baseline_s for b in run.records["b"].blocks]
+    assert found["a"].speedup / found["b"].speedup == pytest.approx(2.0, rel=0.03)
+
+
+def disturb(run, name, share):
+    for block in run.records[name].blocks:
+        block.clean = [i >= share * len(block.clean) for i in range(len(block.clean))]
+
+
+def test_disturbed_blocks_do_not_judge(found, tmp_path):
+    path = tmp_path / "run.json"
+    found[0].save(path)
+    run = Run.load(path)
+    disturb(run, "quick", 0.9)
+    disturb(run, "limited", 0.2)
+    judged = {r.id: r for r in results(run, Sequential((2,)))}
+    assert judged["quick"].verdict is Verdict.NOT_EVALUATED
+    assert "contended: 2 of 2 blocks disturbed, 10 % of pairs clean" in judged["quick"].reason
+    assert judged["limited"].verdict is Verdict.PASS
+
+
+def test_a_run_that_was_cut_short_goes_on(tmp_path):
+    chosen = [case("quick"), case("other", slow=2e-3)]
+    short, longer = (Settings(budget_s=30, policy=Sequential((n,)), device=toys.DEVICE) for n in (2, 4))
+    path = tmp_path / "run.json"
+    Race(chosen, short, Silent(), save=lambda run: run.save(path)).execute()
+    before = Run.load(path)
+    run = Race(chosen, longer, Silent(), resume=Run.load(path)).execute()
+    assert [len(r.blocks) for r in run.records.values()] == [4, 4]
+    assert run.records["quick"].blocks[:2] == before.records["quick"].blocks
+    with pytest.raises(ValueError, match="other cases"):
+        Race([case("quick")], longer, Silent(), resume=Run.load(path))
+
+
+def test_time_that_runs_out_is_said():
+    policy = Sequential((5,))
+    chosen = Settings(budget_s=1e-3, policy=policy, device=toys.DEVICE)
+    found = results(Race([case("quick")], chosen, Silent()).execute(), policy)
+    assert found[0].verdict in (Verdict.NOT_EVALUATED, Verdict.INCONCLUSIVE)
+    assert "out of time" in found[0].reason
+
+
+def test_select():
+    names = [c.id for c in select(toys.CASES)]
+    assert names == ["quick", "par", "limited"]
+    assert [c.id for c in select(toys.CASES, ["small", "q*"])] == ["quick", "limited"]
+    assert len(select(toys.CASES, sizes="full")) == 4
+    with pytest.raises(LookupError, match="renamed"):
+        select(toys.CASES, ["quick", "renamed"])
+
+
+@pytest.mark.parametrize("build", ["tests.breakeven_toys", "a:b:c"])
+def test_a_builder_is_a_module_and_a_function(build):
+    with pytest.raises(ValueError, match="package.module:function"):
+        Case("x", build)
+
+
+@pytest.mark.parametrize("value, shown", [(9.81e-3, "9.81 ms"), (1.849, "1.85 s"), (999.6e-6, "1.00 ms"), (12e-9, "12.0 ns")])
+def test_times_have_three_digits(value, shown):
+    assert seconds(value) == shown
+
+
+def test_command_run_does_not_judge(capsys, tmp_path):
+    stored = tmp_path / "run.json"
+    assert main(["run", *MEASURE, "--json", str(stored), "--markdown", str(tmp_path / "table.md")]) == 0
+    assert "FAIL" in capsys.readouterr().out
+    assert "| quick |" in (tmp_path / "table.md").read_text()
+    assert main(["regate", str(stored), "--policy", "sequential"]) == 10
+    assert main(["regate", str(stored), "--cases", "quick", "--json", str(tmp_path / "judged.json")]) == 0
+    assert json.loads((tmp_path / "judged.json").read_text())["quick"]["verdict"] == "PASS"
+    assert main(["regate", str(stored), "--cases", "renamed"]) == 13
+    capsys.readouterr()
+    assert main(["plan", "--run", str(stored), "--detect", "5%", "--device", toys.DEVICE]) == 0
+    assert "5.0% in any of these, with 95 % power" in capsys.readouterr().out
+
+
+def test_command_gate_says_below_break_even(capsys):
+    assert main(["gate", *MEASURE]) == 10
+    assert "exit 10" in capsys.readouterr().out
+
+
+def test_command_gate_passes():
+    assert main(["gate", *MEASURE, "--cases", "quick"]) == 0
+
+
+@pytest.mark.parametrize(
+    "arguments, code",
+    [
+        (["gate", *MEASURE, "--cases", "renamed"], 13),
+        (["list", *TABLE, "--cases", "renamed"], 13),
+        (["list", "--table", "no.such.module"], 2),
+        (["regate", "no-such-file.json"], 2),
+        (["gate", *TABLE, "--dry-run"], 0),
+        (["selftest", "--runs", "10"], 0),
+    ],
+)
+def test_command_exit_codes(arguments, code, capsys):
+    assert main(arguments) == code
+    assert capsys.readouterr()
+
+
+@pytest.mark.parametrize("arguments", [["gate", "--budget", "-1"], ["plan", "--detect", "5"], ["selftest", "--runs", "0"], []])
+def test_command_usage(arguments, capsys):
+    with pytest.raises(SystemExit) as raised:
+        main(arguments)
+    assert raised.value.code == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+def test_commands_need_no_torch():
+    code = "import sys; from sparse_attention.breakeven import cli, selftest; raise SystemExit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
