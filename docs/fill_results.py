@@ -1,0 +1,92 @@
+"""Writes the results in README.md and docs/results.md from a stored run: python docs/fill_results.py RUN.json
+
+`pytest perf --breakeven-json RUN.json` stores one.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from sparse_attention.breakeven import table
+from sparse_attention.breakeven.result import Result, results
+from sparse_attention.breakeven.store import Run
+from sparse_attention.breakeven.verdict import Policy, Sequential, TwoStage
+
+DOCS = Path(__file__).resolve().parent
+README_CASES = ("*/16k", "*/16k/backward", "*/16k/of-*", "window256/*")
+
+
+def fill(page: Path, body: str) -> None:
+    """Replace what stands between the two markers of a page."""
+    text = page.read_text()
+    marked = re.compile(rf"(<!-- results of {re.escape(page.stem)}: .*? -->\n).*?(<!-- end of results -->)", re.DOTALL)
+    if len(marked.findall(text)) != 1:
+        raise ValueError(f"{page} has no place for results between '<!-- results of {page.stem}: ... -->' and its end")
+    page.write_text(marked.sub(lambda found: f"{found[1]}{body}\n{found[2]}", text))
+
+
+def machine_table(run: Run) -> str:
+    """What a reader needs beside a number."""
+    machine = run.machine
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
+    commit = (machine["commit"] or "none") + (", with uncommitted changes" if machine["dirty"] else "")
+    share = table.clean_share(run)
+    facts = {
+        "machine class": machine["class"],
+        "processor": f"{machine['cpu']}, {machine['cores']} cores",
+        "memory": f"{(machine['memory_bytes'] or 0) / 2**30:.0f} GiB",
+        "system": f"{machine['system']}, Python {machine['python']}",
+        "versions": versions,
+        "threads": run.settings["threads"],
+        "commit": commit,
+        "time": machine["time"],
+        "took": f"{run.elapsed_s:.0f} s",
+        "undisturbed pairs": "none" if share is None else f"{100 * share:.0f} %",
+    }
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items())])
+
+
+def memory_table(found: list[Result]) -> str:
+    """Peak memory of a call above what was in use before it, where it was measured."""
+    rows = [
+        f"| {r.id} | {table.mebibytes(r.baseline_peak_bytes)} | {table.mebibytes(r.candidate_peak_bytes)} |"
+        for r in found
+        if r.candidate_peak_bytes is not None
+    ]
+    return "\n".join(["| case | dense | sparse |", "|---|--:|--:|", *rows]) if rows else ""
+
+
+def reasons(found: list[Result]) -> str:
+    return "\n".join(f"* `{r.id}`: {r.verdict.value}: {r.reason}" for r in found if r.reason and r.verdict.value != "PASS")
+
+
+def policy_of(run: Run) -> Policy:
+    """The policy that the run was judged by."""
+    stored = dict(run.settings["policy"])
+    kind = {"TwoStage": TwoStage, "Sequential": Sequential}[stored.pop("name")]
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()})
+
+
+def pages(run: Run) -> dict[Path, str]:
+    """What stands between the markers of each page."""
+    found = results(run, policy_of(run))
+    chosen = [r for r in found if any(fnmatchcase(r.id, pattern) for pattern in README_CASES)]
+    everything = [machine_table(run), table.markdown(found), f"{table.tally(found)}.", reasons(found)]
+    memory = memory_table(found)
+    if memory:
+        everything += ["Peak memory of one call, its output included, above what was in use before:", memory]
+    short = [table.markdown(chosen), f"{table.headline(run, found)}; {run.machine['time']}. All cases: {table.tally(found)}."]
+    return {
+        DOCS.parent / "README.md": "\n" + "\n\n".join(short) + "\n",
+        DOCS / "results.md": "\n" + "\n\n".join(filter(None, everything)) + "\n",
+    }
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    for page, body in pages(Run.load(sys.argv[1])).items():
+        fill(page, body)
