@@ -43,8 +43,9 @@ def reference_backward(
     for s in _chunks(q, k):
         q_rows, k_seen, v_seen, mask = _operands(q[:, :, s], k, v, pattern, q.shape, s.start)
         with torch.autocast(q.device.type, enabled=False):
-            p, _ = _softmax(q_rows, k_seen, mask, scale)
+            p, lse = _softmax(q_rows, k_seen, mask, scale)
             dout_rows = dout[:, :, s].to(wide).unflatten(1, q_rows.shape[1:3])
+            dout_rows = torch.where(lse.unsqueeze(-1) == -torch.inf, 0.0, dout_rows)
             dp = dout_rows @ v_seen.mT
             ds = dp - (p * dp).sum(dim=-1, keepdim=True)
             if dlse is not None:
@@ -71,10 +72,12 @@ def merge(outs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor]) -> tuple[t
                 f"outs[{n}] has shape {tuple(out.shape)} and lses[{n}] {tuple(lse.shape)}; "
                 f"expected {tuple(outs[0].shape)} and {tuple(outs[0].shape[:-1])}"
             )
-    lse = torch.logsumexp(torch.stack(list(lses)), dim=0)
-    shift = lse.masked_fill(lse == -torch.inf, 0.0)
-    weighted = (out * torch.exp(part - shift).unsqueeze(-1) for out, part in zip(outs, lses))
-    return sum(weighted).to(outs[0].dtype), lse
+    parts = torch.stack(list(lses))
+    empty = (parts == -torch.inf).all(dim=0)
+    parts = parts.masked_fill(empty, 0.0)
+    weights = torch.softmax(parts, dim=0).masked_fill(empty, 0.0)
+    weighted = (out * weight.unsqueeze(-1) for out, weight in zip(outs, weights))
+    return sum(weighted).to(outs[0].dtype), torch.logsumexp(parts, dim=0).masked_fill(empty, -torch.inf)
 
 
 def _accumulator(q: torch.Tensor) -> torch.dtype:
@@ -92,7 +95,8 @@ def _attend(q, k, v, pattern, scale, shape, first):
     q, k, v, mask = _operands(q, k, v, pattern, shape, first)
     with torch.autocast(q.device.type, enabled=False):
         p, lse = _softmax(q, k, mask, shape[3] ** -0.5 if scale is None else scale)
-        return (p @ v).flatten(1, 2), lse.flatten(1, 2)
+        out = torch.where(lse.unsqueeze(-1) == -torch.inf, 0.0, p @ v)
+        return out.flatten(1, 2), lse.flatten(1, 2)
 
 
 def _operands(q, k, v, pattern, shape, first):
@@ -100,24 +104,29 @@ def _operands(q, k, v, pattern, shape, first):
     _, heads, q_len, _ = shape
     kv_heads, kv_len = k.shape[1:3]
     lengths = Lengths(q_len, kv_len)
-    i = torch.arange(first, first + q.shape[2]).unsqueeze(1) + lengths.offset
-    j = torch.arange(kv_len).unsqueeze(0)
+    i = torch.arange(first, first + q.shape[2], device="cpu").unsqueeze(1) + lengths.offset
+    j = torch.arange(kv_len, device="cpu").unsqueeze(0)
     mask = head_masks(pattern, heads, i, j, lengths).to(q.device).expand(heads, -1, -1)
     mask = mask.unflatten(0, (kv_heads, heads // kv_heads))
     wide = _accumulator(q)
-    # A key that no query of the chunk sees is 0 here, so that a NaN in it cannot come back as 0 * NaN.
+    # A key that no query of the chunk sees is 0 here, and so is a query without keys: no NaN in them comes back as 0 * NaN.
     seen = mask.any(dim=2).any(dim=1).unsqueeze(-1)
     k, v = (torch.where(seen, x.to(wide), 0.0).unsqueeze(2) for x in (k, v))
-    return q.to(wide).unflatten(1, (kv_heads, heads // kv_heads)), k, v, mask
+    q = torch.where(mask.any(dim=-1, keepdim=True), q.to(wide).unflatten(1, (kv_heads, heads // kv_heads)), 0.0)
+    return q, k, v, mask
 
 
 def _softmax(q, k, mask, scale):
     """Probabilities, 0 in rows without a key, and lse."""
-    scores = (q @ k.mT) * scale
-    scores = scores.masked_fill(~mask, -torch.inf)
-    lse = torch.logsumexp(scores, dim=-1)
-    shift = lse.masked_fill(lse == -torch.inf, 0.0)
-    return torch.exp(scores - shift.unsqueeze(-1)), lse
+    scores = ((q @ k.mT) * scale).masked_fill(~mask, -torch.inf)
+    top = scores.detach().amax(dim=-1, keepdim=True)
+    empty = top == -torch.inf
+    top = top.masked_fill(empty, 0.0)
+    # Not exp(scores - lse): the rounding of lse would go into every probability.
+    weights = torch.exp(scores - top)
+    total = weights.sum(dim=-1, keepdim=True).masked_fill(empty, 1.0)
+    lse = (top + torch.log(total)).masked_fill(empty, -torch.inf)
+    return weights / total, lse.squeeze(-1)
 
 
 def head_masks(pattern: Pattern, heads: int, i: torch.Tensor, j: torch.Tensor, lengths: Lengths) -> torch.Tensor:
