@@ -27,7 +27,8 @@ class Anchor:
 
     def as_dict(self) -> dict[str, Any]:
         """Median seconds of each kind, and whose work it is: numbers of another source are not comparable."""
-        return {"source": self._source, **{kind: statistics.median(seconds) for kind, seconds in self._seconds.items() if seconds}}
+        medians = {kind: statistics.median(seconds) for kind, seconds in self._seconds.items() if seconds}
+        return {"source": self._source, **{kind: seconds for kind, seconds in medians.items() if seconds > 0}}
 
 
 def _cpu() -> tuple[str, Mapping[str, Callable[[], Any]]]:

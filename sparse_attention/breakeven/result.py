@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics as _stdlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .statistics import Interval, block_log_speedup, detectable_slowdown
@@ -113,7 +113,11 @@ def result(record: Record, policy: Policy) -> Result:
 
 
 def results(run: Run, policy: Policy) -> list[Result]:
-    return [result(record, policy) for record in run.records.values()]
+    """Every case's verdict; where the run may not be judged, its figures without one."""
+    found = [result(record, policy) for record in run.records.values()]
+    reason = run.settings.get("unjudged")
+    measured = (Verdict.PASS, Verdict.FAIL, Verdict.INCONCLUSIVE)
+    return [replace(r, verdict=Verdict.NOT_EVALUATED, reason=reason) if reason and r.verdict in measured else r for r in found]
 
 
 def clean_share(run: Run) -> float | None:
