@@ -17,6 +17,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 from importlib.machinery import ExtensionFileLoader
 from pathlib import Path
 from types import ModuleType
@@ -41,9 +42,17 @@ class BuildError(RuntimeError):
     """The kernels cannot be compiled or loaded here; the message says what to install."""
 
 
-@functools.cache
+_loading = threading.Lock()
+
+
 def kernels() -> ModuleType:
     """The compiled module; compiled first if the cache does not hold it. Raises BuildError."""
+    with _loading:
+        return _load()
+
+
+@functools.cache
+def _load() -> ModuleType:
     path = library()
     loader = ExtensionFileLoader("sparse_attention._kernels", str(path))
     spec = importlib.util.spec_from_file_location(loader.name, path, loader=loader)
@@ -153,6 +162,12 @@ def _find_tools() -> str:
         raise BuildError(
             f"no C++ compiler: {_compiler()[0]!r} is not on the PATH. Install one (Debian and Ubuntu: apt install g++; "
             f"Fedora: dnf install gcc-c++; conda: conda install cxx-compiler) or point CXX at yours. {_STILL_WORKS}"
+        )
+    headers = Path(sysconfig.get_paths()["include"])
+    if not (headers / "Python.h").exists():
+        raise BuildError(
+            f"no Python headers: {headers} holds no Python.h. Install them (Debian and Ubuntu: apt install python3-dev; Fedora: "
+            f"dnf install python3-devel). {_STILL_WORKS}"
         )
     try:
         from ninja import BIN_DIR

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from sparse_attention.cache import cached_by_bytes
 from sparse_attention.patterns.base import Lengths, Pattern
 from sparse_attention.patterns.window import Causal, Dense
 from sparse_attention.reference import head_masks, reference, reference_backward
 
 # An additive mask saves SDPA a conversion in every call; above this many bytes the boolean one is kept instead.
-_ADDITIVE_BYTES = 1 << 27
+_ADDITIVE_BYTES = 1 << 26
 
 
 class Mask(NamedTuple):
@@ -28,17 +28,26 @@ class Mask(NamedTuple):
     is_causal: bool
     empty: torch.Tensor | None
 
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in (self.attn_mask, self.empty) if x is not None)
 
-@lru_cache(maxsize=16)
+
+@cached_by_bytes(1 << 28)
 def mask_of(pattern: Pattern, q_len: int, kv_len: int, heads: int, dtype: torch.dtype, device: torch.device) -> Mask:
     """The mask of `pattern` for SDPA, cached."""
     if isinstance(pattern, Dense):
         return Mask(None, False, None)
     if isinstance(pattern, Causal) and q_len == kv_len:
         return Mask(None, True, None)
-    lengths = Lengths(q_len, kv_len)
-    i = torch.arange(q_len).unsqueeze(1) + lengths.offset
-    mask = head_masks(pattern, heads, i, torch.arange(kv_len).unsqueeze(0), lengths)
+    with torch.inference_mode(False):  # the next call may need a gradient
+        return _make_mask(pattern, Lengths(q_len, kv_len), heads, dtype, device)
+
+
+def _make_mask(pattern, lengths, heads, dtype, device):
+    i = torch.arange(lengths.q_len, device="cpu").unsqueeze(1) + lengths.offset
+    j = torch.arange(lengths.kv_len, device="cpu").unsqueeze(0)
+    mask = head_masks(pattern, heads, i, j, lengths)
     if mask.all():
         return Mask(None, False, None)
     empty = ~mask.any(dim=-1)

@@ -7,8 +7,6 @@ import operator
 from functools import lru_cache
 from uuid import uuid4
 
-import torch
-
 from sparse_attention.patterns.base import Pattern
 from sparse_attention.patterns.compose import And, Or
 from sparse_attention.patterns.digest import Digested
@@ -18,6 +16,12 @@ _registered: dict[str, Pattern] = {}
 _names: dict[Pattern, str] = {}
 # Patterns whose fields are numbers, booleans and tuples of them.
 _PLAIN = frozenset(kind for kind in _NAMES.values() if not issubclass(kind, Digested))
+
+
+def constant_when_traced(function):
+    """torch.compiler.assume_constant_result, without importing the compiler, which takes a second."""
+    function._dynamo_marked_constant = True
+    return function
 
 
 def handle(pattern: Pattern) -> str:
@@ -49,7 +53,7 @@ def _literal(value) -> str:
     return repr(operator.index(value))  # index() makes a constant of a number that the compiler holds as a symbol
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _leaf(pattern: Pattern) -> str:
     try:
         return text(pattern)

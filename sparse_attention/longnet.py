@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparse_attention.api import attention
-from sparse_attention.handle import handle
+from sparse_attention.handle import constant_when_traced, handle
 from sparse_attention.ops import attention_op
 from sparse_attention.patterns import Causal, Documents, Pattern
 from sparse_attention.reference import merge
@@ -100,6 +100,6 @@ def _segments(count: int, size: int, causal: bool) -> Pattern:
     return documents & Causal() if causal else documents
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _segments_text(count: int, size: int, causal: bool) -> str:
     return handle(_segments(count, size, causal))

@@ -33,8 +33,12 @@ class Attention(torch.autograd.Function):
         return *ctx.engine.backward(dout, dlse, q, k, v, out, lse, ctx.scale), None, None
 
 
-@torch.library.custom_op("sparse_attention::attention", mutates_args=())
-def attention_op(q: Tensor, k: Tensor, v: Tensor, pattern: str, scale: float | None, impl: str) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op(
+    "sparse_attention::attention",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, str pattern, float? scale, str impl) -> (Tensor, Tensor)",
+)
+def attention_op(q, k, v, pattern, scale, impl):
     call = engine(q, k, v, pattern_of(pattern), impl)
     q, k, v = (_with_contiguous_rows(x) for x in (q, k, v))
     out, lse = call.forward(q, k, v, call.scale if scale is None else scale)
@@ -42,11 +46,13 @@ def attention_op(q: Tensor, k: Tensor, v: Tensor, pattern: str, scale: float | N
     return (out if out.stride() == like.stride() else like.copy_(out)), lse
 
 
-@torch.library.custom_op("sparse_attention::attention_backward", mutates_args=())
-def backward_op(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    pattern: str, scale: float | None, impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+@torch.library.custom_op(
+    "sparse_attention::attention_backward",
+    mutates_args=(),
+    schema="(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, str pattern, float? scale, str impl)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+def backward_op(dout, dlse, q, k, v, out, lse, pattern, scale, impl):
     call = engine(q, k, v, pattern_of(pattern), impl)
     q, k, v, out = (_with_contiguous_rows(x) for x in (q, k, v, out))
     grads = call.backward(dout, dlse, q, k, v, out, lse, call.scale if scale is None else scale)
