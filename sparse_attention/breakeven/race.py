@@ -25,6 +25,8 @@ class Settings:
     device: str = "cpu"
     seed: int = 0
     first_look_share: float = 0.62  # of the time left after scouting; the rest is for second looks and columns
+    base: str | None = None  # the commit that the cases are raced against, where that is not their baseline
+    unjudged: str = ""  # why no case may be judged, such as a machine class without floors
 
     def as_dict(self) -> dict[str, Any]:
         return {**vars(self), "policy": {"name": type(self.policy).__name__, **vars(self.policy)}}

@@ -13,6 +13,7 @@ from typing import Any
 
 from . import clock as clocks
 from . import sampling
+from .anchor import Anchor
 from .case import Case, Unavailable, Workload
 from .machine import Usage
 from .memory import peak_bytes
@@ -90,9 +91,11 @@ def block(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
     entries = [_entry(case, loaded[case.id], job) for case in cases if case.id in loaded and case.id not in errors]
     ready = Usage.now(with_steal=True)
     plans = {group: sampling.GroupPlan(**plan) for group, plan in job["plans"].items()}
-    samples = {}
+    samples, anchor = {}, Anchor(job["device"], clock)
+    anchor.visit()
     if entries:
         samples = sampling.measure(entries, plans, clock, job["seed"], lambda text: emit(case=None, doing=text))
+    anchor.visit()
     measured = Usage.now(with_steal=True).since(ready)
     for entry in entries:
         emit(case=entry.id, doing=f"checking {entry.id} again")
@@ -109,6 +112,7 @@ def block(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
             "involuntary_per_s": measured.involuntary / max(measured.wall_s, 1e-9),
             "steal_s": measured.steal_s,
             "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+            "anchor": anchor.as_dict(),
         },
     }
 
