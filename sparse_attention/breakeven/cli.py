@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 from . import machine, selftest, table
 from .case import Case, select
@@ -16,6 +17,7 @@ from .race import Race, Settings
 from .result import results
 from .statistics import blocks_to_detect
 from .store import Run
+from .terms import add_options, terms
 from .verdict import ExitCode, Policy, Sequential, TwoStage, exit_code
 
 
@@ -51,7 +53,8 @@ def _gate(options) -> int:
 
 
 def _measured(options, gate: bool) -> int:
-    cases, settings = _cases(options), _settings(options)
+    against = terms(options, _cases(options), options.threads, options.device, options.table)
+    cases, settings = against.cases, replace(_settings(options), **against.settings)
     if options.dry_run:
         print(f"{len(cases)} cases, at least {settings.policy.blocks} blocks, {settings.threads} threads,", end=" ")
         print(f"{duration(settings.budget_s)} at most, on {machine.machine_class(settings.device)}:")
@@ -61,11 +64,14 @@ def _measured(options, gate: bool) -> int:
     run = _race(cases, settings, options)
     found = results(run, settings.policy)
     print(table.headline(run, found))
-    print(table.text(found))
+    print(table.text(found, against.labels))
+    remarks = against.remarks(run, found)
+    print(*remarks, sep="\n", end="\n" * bool(remarks))
     if options.markdown:
+        parts = [table.headline(run, found), table.markdown(found, against.labels), *remarks, table.tally(found)]
         with open(options.markdown, "a") as f:
-            f.write(f"{table.headline(run, found)}\n\n{table.markdown(found)}\n\n{table.tally(found)}\n")
-    code = exit_code((r.verdict for r in found), options.strict, options.allow_not_evaluated)
+            f.write("\n\n".join(parts) + "\n")
+    code = against.exit_code(found, options.strict, options.allow_not_evaluated)
     if not gate and code not in (ExitCode.WRONG, ExitCode.NOTHING_CHECKED):
         code = ExitCode.OK
     print(f"{table.tally(found)}   exit {int(code)} in {duration(run.elapsed_s)}")
@@ -217,8 +223,10 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     command("list", _list, [selecting], "list the cases")
-    command("run", _run, [selecting, judging, measuring], "measure and show; verdicts do not change the exit code")
-    command("gate", _gate, [selecting, judging, measuring], "measure and judge; exit 10 for below break-even")
+    show = command("run", _run, [selecting, judging, measuring], "measure and show; verdicts do not change the exit code")
+    gate = command("gate", _gate, [selecting, judging, measuring], "measure and judge; exit 10 for below break-even")
+    for measured in (show, gate):
+        add_options(measured.add_argument)
     plan = command("plan", _plan, [selecting, judging, measuring], "how many blocks and minutes a slowdown takes here")
     plan.add_argument("--detect", type=fraction, default=0.05, help="slowdown to find, such as 5%%")
     plan.add_argument("--run", metavar="FILE", help="take the noise from this stored run instead of measuring")

@@ -1,0 +1,110 @@
+"""Against what cases are raced and judged: their baselines with this machine's floors, or themselves in a base revision."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from . import attribution, ratchet, regression
+from .case import Case
+from .machine import machine_class
+from .regression import Base
+from .result import Result
+from .store import Run
+from .table import LABELS
+from .thresholds import Thresholds, beside, key
+from .verdict import ExitCode, exit_code
+
+NO_FILE = "none"  # for --thresholds: the cases' own floors
+
+
+@dataclass(frozen=True)
+class Terms:
+    cases: list[Case]
+    base: Base | None = None
+    unjudged: str = ""  # why nothing is judged on this machine
+    allow_unjudged: bool = False
+    since: str | None = None  # a stored run, or a folder of them, to say what moved
+
+    @property
+    def labels(self) -> tuple[str, str]:
+        return regression.LABELS if self.base else LABELS
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Fields of `Settings` that travel with the run."""
+        return {"base": self.base.commit if self.base else None, "unjudged": self.unjudged}
+
+    def remarks(self, run: Run, results: Sequence[Result]) -> list[str]:
+        """What moved, and since when; for below the table."""
+        if self.base:
+            return regression.text(results, self.base.commit).splitlines()
+        if self.since is None:
+            return []
+        then = latest(self.since, run)
+        if then is None:
+            return [f"{self.since} holds no earlier run of {ratchet.run_key(run)}"]
+        return attribution.remarks(then, run, results)
+
+    def exit_code(self, results: Iterable[Result], strict: bool, allow_not_evaluated: bool) -> ExitCode:
+        """As `verdict.exit_code`; what an unknown machine class holds back counts as nothing only where that is allowed."""
+        results = list(results)
+        passed_over = self.allow_unjudged and self.unjudged
+        counted = [r for r in results if not (passed_over and r.reason == self.unjudged)]
+        if results and not counted:
+            return ExitCode.OK
+        return exit_code((r.verdict for r in counted), strict, allow_not_evaluated)
+
+
+def terms(options: Any, cases: Iterable[Case], threads: int, device: str, table: str = "", prefix: str = "") -> Terms:
+    """From the options of `add_options`. `table` is where the cases came from: its thresholds file is the default."""
+
+    def given(name):
+        return getattr(options, prefix + name)
+
+    cases = list(cases)
+    if given("base"):
+        base = Base.of(given("base"), given("package"), given("prepare") or "")
+        return Terms(regression.against(cases, base, given("floor")), base)
+    path = given("thresholds") or (beside(table) if table else None)
+    if path is None or os.fspath(path) == NO_FILE:
+        return Terms(cases, since=given("since"))
+    floors, machine = Thresholds.load(path), key(machine_class(device), threads, device)
+    return Terms(floors.applied(cases, machine), None, floors.unjudged(machine), given("allow_unknown_class"), given("since"))
+
+
+def add_options(add: Callable[..., Any], prefix: str = "") -> None:
+    """Add the options to a parser, of whose argument-adding function this is given."""
+    add(f"--{prefix}base", metavar="REV", help="race each case against itself in this git revision, not against its baseline")
+    add(f"--{prefix}package", action="append", default=[], metavar="NAME", help="what is taken from REV; default sparse_attention")
+    add(f"--{prefix}prepare", metavar="COMMAND", help="build REV with this shell command, run in its unpacked root")
+    add(f"--{prefix}floor", type=_floor, default=regression.FLOOR, metavar="SPEEDUP", help="with REV: least speed against it")
+    add(f"--{prefix}thresholds", metavar="FILE", help="floors by machine class; 'none' for the cases' own")
+    add(f"--{prefix}allow-unknown-class", action="store_true", help="exit 0 on a machine class without floors, where nothing is judged")
+    add(f"--{prefix}since", metavar="RUN", help="a stored run, or a folder of them: say which side moved since")
+
+
+def latest(path: str | os.PathLike, run: Run) -> Run | None:
+    """The newest stored run at `path` of the same machine class, threads and clock that is older than `run`."""
+    earlier = [
+        stored
+        for stored in ratchet.load_history([path])
+        if ratchet.run_key(stored) == ratchet.run_key(run)
+        and not stored.settings.get("base")
+        and stored.machine["time"] < run.machine["time"]
+        and set(stored.records) & set(run.records)
+    ]
+    return earlier[-1] if earlier else None
+
+
+def _floor(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a positive speedup, got {text!r}")
+    return value
