@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
-from . import machine, selftest, table
+from . import machine, ratchet_command, selftest, table
 from .case import Case, select
 from .progress import Progress, Silent, duration
 from .race import Race, Settings
@@ -236,6 +236,7 @@ def _parser() -> argparse.ArgumentParser:
     regate.add_argument("--json", metavar="FILE")
     check = command("selftest", _selftest, [judging], "the verdict code against noise whose truth is known")
     check.add_argument("--runs", type=positive, default=400, help="simulated gates for each noise and slowdown")
+    ratchet_command.add_command(command, [selecting], _cases, fraction)
     return parser
 
 

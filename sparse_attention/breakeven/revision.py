@@ -36,6 +36,16 @@ def resolve(revision: str, repository: str | os.PathLike) -> str:
     return _git(repository, "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}", wrong=f"no revision {revision!r}").strip()
 
 
+def read(commit: str, path: str | os.PathLike) -> str | None:
+    """The text of a file in `commit`; None where it did not exist."""
+    path = Path(path).resolve()
+    root = Path(_git(path.parent, "rev-parse", "--show-toplevel", wrong="not in a git repository").strip())
+    name = path.relative_to(root.resolve()).as_posix()
+    if not _git(root, "ls-tree", commit, "--", name, wrong=f"cannot read {commit}"):
+        return None
+    return _git(root, "show", f"{commit}:{name}", wrong=f"cannot read {name} of {commit}")
+
+
 def checkout(commit: str, repository: str | os.PathLike, prepare: str = "") -> Path:
     """A folder in the user's cache with the files of `commit`, in which the shell command `prepare` was run.
 
