@@ -3,7 +3,7 @@
 python       runs, all blocks of a page in order and in one namespace
 bash         one command a line: files, modules, subcommands and options must exist; nothing is installed or measured
 console      lines that start with "$ " are such commands, the others are output and are not compared
-console run  the same, but run, and the output compared; "..." stands for anything
+console run  the same, but run, and the output compared but for white space; "..." stands for anything
 text         output and diagrams: nothing is done
 """
 
@@ -108,7 +108,8 @@ def test_console_blocks_print_what_they_show(block):
     for command, expected in zip(sessions[1::2], sessions[2::2]):
         words = [sys.executable if word == "python" else word for word in shlex.split(command)]
         got = subprocess.run(words, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT).stdout
-        same = doctest.OutputChecker().check_output(expected.rstrip() + "\n", got.rstrip() + "\n", doctest.ELLIPSIS)
+        flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+        same = doctest.OutputChecker().check_output(expected.strip() + "\n", got.strip() + "\n", flags)
         assert same, f"{block}: {command} printed\n{got}"
 
 
