@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 
 import numpy as np
 
@@ -86,6 +87,16 @@ def shared(fast: float) -> Workload:
     workload = doubling(fast)
     workload.inputs, workload.check = _shared, None
     return workload
+
+
+def light() -> Workload:
+    """Wrong in a process that has loaded torch or the package above the harness."""
+    heavy = {"torch", "sparse_attention"} & set(sys.modules)
+
+    def check(out):
+        assert not heavy, f"{heavy} were imported"
+
+    return Workload(lambda: take(1e-3), {"plain": lambda: take(2e-3)}, check)
 
 
 def nowhere() -> Workload:

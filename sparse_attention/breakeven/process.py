@@ -15,8 +15,9 @@ from .case import Case
 
 _HARNESS = "sparse_attention.breakeven"
 
+# The harness is loaded without its parent package: cases that need no torch do not wait for it.
 _BOOTSTRAP = """
-import importlib.util, json, os, sys
+import importlib, importlib.util, json, os, sys
 job = json.load(sys.stdin)
 sys.path[:] = job["path"]
 for name, file, package in job["modules"]:
@@ -24,8 +25,7 @@ for name, file, package in job["modules"]:
     spec = importlib.util.spec_from_file_location(name, file, submodule_search_locations=inside)
     sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[name])
-from sparse_attention.breakeven import worker
-worker.main(job)
+importlib.import_module("sparse_attention.breakeven.worker").main(job)
 """
 
 
@@ -37,7 +37,7 @@ class WorkerDied(Exception):
         self.case = case
 
 
-def run(
+def run_worker(
     kind: str,
     cases: Iterable[Case],
     *,

@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import machine, process, sampling
 from .case import Case
 from .clock import kind
+from .machine import cores, describe, pinned
+from .process import WorkerDied, run_worker
 from .progress import Progress, duration
 from .result import judge_record
+from .sampling import GroupPlan, plan, planned_seconds
 from .store import Block, Record, Run
 from .verdict import Policy, TwoStage
 
@@ -20,7 +22,7 @@ from .verdict import Policy, TwoStage
 @dataclass(frozen=True)
 class Settings:
     budget_s: float = 280.0  # wall time for everything, builds included
-    threads: int = field(default_factory=machine.cores)
+    threads: int = field(default_factory=cores)
     policy: Policy = TwoStage()
     device: str = "cpu"
     seed: int = 0
@@ -33,7 +35,7 @@ class Settings:
 
     @property
     def cores(self) -> list[int]:
-        return machine.pinned(self.threads)
+        return pinned(self.threads)
 
 
 class Race:
@@ -51,7 +53,7 @@ class Race:
         if resume is not None:
             _require_same(resume, records, settings)
         self.settings, self.progress, self._save = settings, progress, save
-        self.run = resume or Run(machine.describe(settings.device), settings.as_dict(), records)
+        self.run = resume or Run(describe(settings.device), settings.as_dict(), records)
         self._start = time.perf_counter()
         self._overhead_s: float | None = None  # of one block: starting, building, checking twice
 
@@ -72,7 +74,7 @@ class Race:
         while missing := [r.case for r in self.run.records.values() if not r.scout]:
             try:
                 found = self._worker("scout", missing, "scouting")
-            except process.WorkerDied as died:
+            except WorkerDied as died:
                 culprit = died.case or missing[0].id
                 self.run.records[culprit].scout = {"status": "wrong", "reason": str(died)}
                 continue
@@ -104,7 +106,7 @@ class Race:
             return
         try:
             found = self._worker("columns", wanted, "further rivals", budget_s=self.left_s, timeout_s=self.left_s + 60)
-        except process.WorkerDied as died:
+        except WorkerDied as died:
             self.progress.line(f"further rivals: {died}")
             return
         for case_id, entry in found.items():
@@ -114,7 +116,7 @@ class Race:
     def elapsed_s(self) -> float:
         return time.perf_counter() - self._start
 
-    def planned(self, records: list[Record], block_s: float) -> tuple[dict[str, sampling.GroupPlan], float]:
+    def planned(self, records: list[Record], block_s: float) -> tuple[dict[str, GroupPlan], float]:
         """How each group would be measured in a block of about `block_s` seconds, and how long that takes."""
         groups: dict[str, dict[str, float]] = {}
         for record in records:
@@ -123,8 +125,8 @@ class Race:
             if record.baseline is not None:
                 members[""] = record.scout["baselines"][record.baseline]
         least_s = kind(self.settings.device).least_s
-        plans = sampling.plan(groups, least_s, block_s - self._overhead(records))
-        return plans, sampling.planned_seconds(groups, plans) + self._overhead(records)
+        plans = plan(groups, least_s, block_s - self._overhead(records))
+        return plans, planned_seconds(groups, plans) + self._overhead(records)
 
     def _block(self, records: list[Record], block_s: float) -> None:
         number = len(self.run.evidence)
@@ -137,10 +139,10 @@ class Race:
                 [r.case for r in records],
                 what,
                 seed=self.settings.seed + number + 1,
-                plans={group: plan.as_dict() for group, plan in plans.items()},
+                plans={group: chosen.as_dict() for group, chosen in plans.items()},
                 baseline={r.case.id: r.baseline for r in records},
             )
-        except process.WorkerDied as died:
+        except WorkerDied as died:
             culprits = [self.run.records[died.case]] if died.case else records
             for record in culprits:
                 record.error = str(died)
@@ -159,7 +161,7 @@ class Race:
             self.progress.status(f"{what}, {duration(max(self.left_s, 0))} left: {text}")
 
         common = {"threads": self.settings.threads, "cores": self.settings.cores, "device": self.settings.device}
-        return process.run(kind, cases, progress=tell, **{**common, **fields})
+        return run_worker(kind, cases, progress=tell, **{**common, **fields})
 
     def _pending(self, first_look: bool) -> list[Record]:
         first = self.settings.policy.blocks
@@ -197,7 +199,7 @@ class Race:
 
 
 def _require_same(resume: Run, records: dict[str, Record], settings: Settings) -> None:
-    here = machine.describe(settings.device)
+    here = describe(settings.device)
     for key in ("class", "commit"):
         if resume.machine.get(key) != here[key]:
             raise ValueError(f"resume: the stored run has {key} {resume.machine.get(key)!r}, this is {here[key]!r}")

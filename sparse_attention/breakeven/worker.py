@@ -11,12 +11,12 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from . import clock as clocks
-from . import sampling
 from .anchor import Anchor
 from .case import Case, Unavailable, Workload
+from .clock import Clock, kind
 from .machine import Usage
 from .memory import peak_bytes
+from .sampling import Entry, GroupPlan, WrongOutput, check, check_fresh, estimate, inner_calls, measure, summary
 
 Emit = Callable[..., None]
 
@@ -36,7 +36,7 @@ def main(job: dict[str, Any]) -> None:
 
 def scout(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
     """Check every case on changing inputs; choose the fastest baseline; take rough times and peak memory."""
-    clock = clocks.kind(job["device"])()
+    clock = kind(job["device"])()
     found, baselines = {}, {}
     for number, case in enumerate(_cases(job)):
         where = f"{number + 1} of {len(job['cases'])}: {case.id}"
@@ -44,15 +44,15 @@ def scout(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
         start = time.perf_counter()
         try:
             workload = case.load()
-            sampling.check_fresh(workload, seed=job["seed"])
+            check_fresh(workload, seed=job["seed"])
         except Unavailable as error:
             found[case.id] = {"status": "unavailable", "reason": str(error)}
             continue
-        except sampling.WrongOutput as error:
+        except WrongOutput as error:
             found[case.id] = {"status": "wrong", "reason": str(error)}
             continue
         except Exception as error:
-            found[case.id] = {"status": "wrong", "reason": f"cannot be built: {sampling.summary(error)}"}
+            found[case.id] = {"status": "wrong", "reason": f"cannot be built: {summary(error)}"}
             continue
         ready_s = time.perf_counter() - start
         seconds, peak = _survey(workload.candidate, clock)
@@ -78,31 +78,31 @@ def scout(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
 def block(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
     """One block of every case: check, measure, check again."""
     start = Usage.now(with_steal=True)
-    clock = clocks.kind(job["device"])()
+    clock = kind(job["device"])()
     loaded, errors = {}, {}
     cases = _cases(job)
     for case in cases:
         emit(case=case.id, doing=f"checking {case.id}")
         try:
             loaded[case.id] = case.load()
-            sampling.check(loaded[case.id])
+            check(loaded[case.id])
         except Exception as error:
-            errors[case.id] = sampling.summary(error)
+            errors[case.id] = summary(error)
     entries = [_entry(case, loaded[case.id], job) for case in cases if case.id in loaded and case.id not in errors]
     ready = Usage.now(with_steal=True)
-    plans = {group: sampling.GroupPlan(**plan) for group, plan in job["plans"].items()}
+    plans = {group: GroupPlan(**plan) for group, plan in job["plans"].items()}
     samples, anchor = {}, Anchor(job["device"], clock)
     anchor.visit()
     if entries:
-        samples = sampling.measure(entries, plans, clock, job["seed"], lambda text: emit(case=None, doing=text))
+        samples = measure(entries, plans, clock, job["seed"], lambda text: emit(case=None, doing=text))
     anchor.visit()
     measured = Usage.now(with_steal=True).since(ready)
     for entry in entries:
         emit(case=entry.id, doing=f"checking {entry.id} again")
         try:
-            sampling.check(entry.workload)
+            check(entry.workload)
         except Exception as error:
-            errors[entry.id] = f"after it was timed: {sampling.summary(error)}"
+            errors[entry.id] = f"after it was timed: {summary(error)}"
     return {
         "samples": {name: vars(s) for name, s in samples.items() if name not in errors},
         "errors": errors,
@@ -119,7 +119,7 @@ def block(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
 
 def columns(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
     """Time each case's further rivals beside its candidate, in one process: for information, no interval."""
-    clock = clocks.kind(job["device"])()
+    clock = kind(job["device"])()
     deadline = time.perf_counter() + job["budget_s"]
     found: dict[str, dict[str, Any]] = {}
     for case in _cases(job):
@@ -128,7 +128,7 @@ def columns(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
             continue
         try:
             workload = case.load()
-            sampling.check(workload)
+            check(workload)
         except Exception as error:
             found[case.id] = {name: {"error": str(error)} for name in case.columns}
             continue
@@ -140,16 +140,16 @@ def columns(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
     return found
 
 
-def _column(workload: Workload, name: str, clock: clocks.Clock, seed: int, deadline: float) -> dict[str, Any]:
+def _column(workload: Workload, name: str, clock: Clock, seed: int, deadline: float) -> dict[str, Any]:
     try:
         rival = workload.columns[name]()
         if workload.check is not None:
             workload.check(rival())
     except Exception as error:
-        return {"error": sampling.summary(error)}
+        return {"error": summary(error)}
     times: dict[str, list[float]] = {"candidate": [], "rival": []}
     calls = {"candidate": workload.candidate, "rival": rival}
-    inner = {key: sampling.inner_calls(sampling.estimate(call, clock), clock.least_s) for key, call in calls.items()}
+    inner = {key: inner_calls(estimate(call, clock), clock.least_s) for key, call in calls.items()}
     order = random.Random(seed)
     for _ in range(5):
         for key in order.sample(list(calls), len(calls)):
@@ -161,7 +161,7 @@ def _column(workload: Workload, name: str, clock: clocks.Clock, seed: int, deadl
     return {"seconds": statistics.median(times["rival"]), "speedup": speedup}
 
 
-def _survey(call: Callable[[], Any], clock: clocks.Clock) -> tuple[float, int | None]:
+def _survey(call: Callable[[], Any], clock: Clock) -> tuple[float, int | None]:
     """Rough seconds and peak bytes of a call; a slow one is made only once."""
     took = []
 
@@ -173,11 +173,11 @@ def _survey(call: Callable[[], Any], clock: clocks.Clock) -> tuple[float, int | 
         return output
 
     peak = peak_bytes(once)
-    return (took[0] if took[0] > 0.1 else sampling.estimate(call, clock)), peak
+    return (took[0] if took[0] > 0.1 else estimate(call, clock)), peak
 
 
-def _entry(case: Case, workload: Workload, job: Mapping[str, Any]) -> sampling.Entry:
-    return sampling.Entry(case.id, workload, case.share or case.id, job["baseline"][case.id], case.limit_s)
+def _entry(case: Case, workload: Workload, job: Mapping[str, Any]) -> Entry:
+    return Entry(case.id, workload, case.share or case.id, job["baseline"][case.id], case.limit_s)
 
 
 def _cases(job: Mapping[str, Any]) -> list[Case]:
