@@ -25,12 +25,27 @@ class Attention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dout, dlse):
         q, k, v, out, lse = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(out)
-        return *ctx.engine.backward(dout, dlse, q, k, v, out, lse, ctx.scale), None, None
+        with torch.no_grad():
+            grads = ctx.engine.backward(dout, dlse, q, k, v, out, lse, ctx.scale)
+        if torch.is_grad_enabled():
+            grads = _Once.apply(*grads, dout, q, k, v)
+        return *grads, None, None
+
+
+class _Once(torch.autograd.Function):
+    """Gradients that cannot be differentiated: PyTorch would take them for constants without a word."""
+
+    @staticmethod
+    def forward(ctx, dq, dk, dv, *sources):
+        return dq.view_as(dq), dk.view_as(dk), dv.view_as(dv)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError("the gradient of attention cannot be differentiated again; use impl='reference', whose can")
 
 
 @torch.library.custom_op(
