@@ -1,0 +1,370 @@
+"""Floors by machine class, the ratchet, and which side moved: known answers, and error rates on simulated runs."""
+
+import json
+import math
+import random
+import re
+import subprocess
+
+import pytest
+
+from sparse_attention.breakeven import Case, Run, TwoStage, Verdict, attribution, results
+from sparse_attention.breakeven.cli import main
+from sparse_attention.breakeven.ratchet import propose, supported, written
+from sparse_attention.breakeven.store import Block, Record
+from sparse_attention.breakeven.terms import Terms, latest, terms
+from sparse_attention.breakeven.thresholds import Thresholds, key, lowered
+from sparse_attention.breakeven.verdict import ExitCode
+from tests import breakeven_toys as toys
+
+HERE = "cpu/zen4/2c/1t"
+
+
+def floors(**classes):
+    return Thresholds({name: {p: {"floor": f} for p, f in entries.items()} for name, entries in classes["of"].items()}, "floors.json")
+
+
+def case(name, floor=1.0):
+    return Case(name, "m:f", floor=floor)
+
+
+def test_the_last_match_holds():
+    file = floors(of={"cpu/*": {"*": 1.1, "window*": 2.0}, "cpu/zen4/2c": {"window256/1k": 3.0}, "cuda/h100": {"*": 9.0}})
+    chosen = {c.id: c.floor for c in file.applied([case("window256/1k"), case("window64"), case("other", 5.0)], HERE)}
+    assert chosen == {"window256/1k": 3.0, "window64": 2.0, "other": 1.1}
+    assert file.entry("cpu/zen3/4c/4t", "window256/1k")["floor"] == 2.0
+
+
+def test_a_case_without_an_entry_keeps_its_own_floor():
+    file = floors(of={"cpu/zen4/2c": {}})
+    assert file.knows(HERE) and file.unjudged(HERE) == ""
+    assert file.applied([case("a", 1.7)], HERE)[0].floor == 1.7
+
+
+def test_an_unknown_class_is_not_judged():
+    file = floors(of={"cpu/zen4/2c/2t": {"*": 1.0}})
+    assert "reported, not judged" in file.unjudged(HERE) and HERE in file.unjudged(HERE)
+
+
+def test_threads_and_clock_are_part_of_the_class():
+    assert key("cpu/zen4/2c", 1) == HERE != key("cpu/zen4/2c", 2)
+    assert key("cuda/h100", 8, "cuda") == key("cuda/h100", 1, "cuda") != key("cuda/h100", 1, "cuda-graph")
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("", "not JSON"),
+        ("[]", "object of machine classes"),
+        ('{"cpu": []}', "object of machine classes"),
+        ('{"cpu": {"a": 1.0}}', "cpu: a: floor must be a positive speedup, got None"),
+        ('{"cpu": {"a": {"floor": -1}}}', "got -1"),
+        ('{"cpu": {"a": {"floor": Infinity}}}', "got inf"),
+        ('{"cpu": {"a": {"floor": true}}}', "got True"),
+    ],
+)
+def test_a_broken_file_is_refused(text, said):
+    with pytest.raises(ValueError, match="floors.json.*" + said):
+        Thresholds.parse(text, "floors.json")
+
+
+def test_the_file_has_a_line_a_floor_and_survives_the_disk(tmp_path):
+    file = floors(of={"cpu/a": {"x": 1.5, "y": 2.0}, "cpu/b": {}})
+    path = tmp_path / "floors.json"
+    file.save(path)
+    assert Thresholds.load(path).classes == file.classes
+    assert [line for line in path.read_text().splitlines() if "floor" in line] == [
+        '    "x": {"floor": 1.5},',
+        '    "y": {"floor": 2.0}',
+    ]
+    assert Thresholds.parse(Thresholds({}).text(), "empty").classes == {}
+
+
+def block_of(number, speedup, rng, candidate_s=1e-3, sd=0.0, pairs=4):
+    shift = math.exp(rng.gauss(0, sd))
+    return Block(number, "sdpa", [candidate_s * speedup * shift] * pairs, [candidate_s] * pairs, [True] * pairs)
+
+
+MACHINE = {"class": "cpu/zen4/2c", "cpu": "EPYC", "commit": "a" * 40, "dirty": False, "time": "2026-01-01T00:00:00Z"}
+VERSIONS = {"torch": "2.13", "numpy": "2.0"}
+
+
+def run_of(cases, threads=1, anchors=None, blocks=5, device="cpu", base=None, **machine):
+    """A stored run whose cases are {id: [block, ...]}."""
+    records = {name: Record(Case(name, "m:f"), {"status": "ok", "baselines": {"sdpa": 1.0}}, b) for name, b in cases.items()}
+    found = anchors or [{"source": "numpy 2.0", "compute": 1e-3, "memory": 1e-2}] * blocks
+    settings = {"threads": threads, "device": device, "base": base, "unjudged": ""}
+    return Run({**MACHINE, "versions": VERSIONS, **machine}, settings, records, [{"anchor": a} for a in found])
+
+
+def history(speedups, rng, blocks=5, sd=0.0, **machine):
+    return [run_of({"a": [block_of(n, s, rng, sd=sd) for n in range(blocks)]}, **machine) for s in speedups]
+
+
+def test_ratchet_tightens_with_history():
+    rng = random.Random(0)
+    found = propose(history([3.0, 3.02, 2.98, 3.01], rng, sd=0.005), Thresholds({}), [case("a", 1.0)])
+    assert len(found) == 1 and not found[0].lowers
+    assert (found[0].key, found[0].case, found[0].runs, found[0].current) == (HERE, "a", 4, 1.0)
+    assert 2.5 < found[0].floor < 2.9
+    after = written(floors(of={HERE: {"a": 1.0, "*": 1.2}}), found, "2026-02-02", "b" * 40)
+    assert after.floor(HERE, case("a")) == found[0].floor, "it goes below the pattern that would hold otherwise"
+    assert after.classes[HERE]["a"]["reason"].startswith("ratchet: 4 runs at 3x")
+
+
+@pytest.mark.parametrize("runs, reason", [(history([3.0] * 2, random.Random(0)), "too few"), ([], "none")])
+def test_ratchet_needs_history(runs, reason):
+    assert propose(runs, Thresholds({}), [case("a")]) == [], reason
+
+
+def test_ratchet_leaves_out_what_is_no_history():
+    rng = random.Random(0)
+    other = history([9.0] * 3, rng, base="c" * 40) + history([9.0] * 3, rng, blocks=4)
+    assert propose(other, Thresholds({}), [case("a")]) == []
+    assert {p.key for p in propose(history([3.0] * 3, rng, threads=2), Thresholds({}), [case("a")])} == {"cpu/zen4/2c/2t"}
+
+
+def test_ratchet_starts_anew_after_a_step():
+    rng = random.Random(0)
+    speedups = [2.0 * math.exp(rng.gauss(0, 0.005)) for _ in range(8)] + [3.0 * math.exp(rng.gauss(0, 0.005)) for _ in range(8)]
+    found = propose(history(speedups, rng, sd=0.005), Thresholds({}), [case("a")])
+    assert found[0].runs == 8 and found[0].floor > 2.6
+
+
+def test_ratchet_lowers_only_with_a_reason():
+    found = propose(history([1.5] * 4, random.Random(0)), floors(of={HERE: {"a": 2.0}}), [case("a")])
+    assert found[0].lowers
+    with pytest.raises(ValueError, match="reason must say why a is lowered"):
+        written(Thresholds({}), found, "2026-02-02", None, " ")
+    after = written(floors(of={HERE: {"a": 2.0}}), found, "2026-02-02", None, "torch 3 made dense faster")
+    assert after.classes[HERE]["a"]["was"] == 2.0
+    assert after.classes[HERE]["a"]["reason"] == "torch 3 made dense faster"
+    assert lowered(floors(of={HERE: {"a": 2.0}}), after) == []
+
+
+@pytest.mark.parametrize(
+    "entry", [{"floor": 1.0}, {"floor": 1.0, "reason": "x"}, {"floor": 1.0, "was": 2.0}, {"floor": 1.0, "was": 1.5, "reason": "x"}]
+)
+def test_a_floor_lowered_by_hand_is_found(entry):
+    before = floors(of={HERE: {"a": 2.0}})
+    assert len(lowered(before, Thresholds({HERE: {"a": entry}}))) == 1
+    assert len(lowered(before, Thresholds({}))) == 1
+    assert lowered(before, floors(of={HERE: {"a": 2.5, "b": 0.5}})) == []
+
+
+@pytest.mark.parametrize("runs", [3, 6, 15])
+def test_an_unchanged_kernel_stays_above_its_ratcheted_floor(runs):
+    """Runs differ by 2 % beside their blocks' 2 %: without any margin, gates of the next run fail at most 1 % of the time."""
+    rng = random.Random(runs)
+    policy, trials, fails = TwoStage(), 400, 0
+    for _ in range(trials):
+        past = [[rng.gauss(shift, 0.02) for _ in range(5)] for shift in (rng.gauss(1.0, 0.02) for _ in range(runs))]
+        floor, shift = supported(past, margin=0.0), rng.gauss(1.0, 0.02)
+        fails += policy.judge([rng.gauss(shift, 0.02) for _ in range(15)], floor).verdict is Verdict.FAIL
+    assert fails <= 0.02 * trials
+
+
+CHANGES = {  # what is slower by a tenth, what is on record -> the side that moved
+    "kernel": (dict(kernel=1.1, commit="b" * 40), "kernel"),
+    "uncommitted kernel": (dict(kernel=1.1, dirty=True), "kernel"),
+    "baseline": (dict(baseline=0.9, versions={"torch": "3.0", "numpy": "2.0"}), "baseline"),
+    "another backend": (dict(baseline=0.9, backend="flash"), "baseline"),
+    "both": (dict(kernel=1.2, baseline=1.1, commit="b" * 40, versions={"torch": "3.0", "numpy": "2.0"}), "kernel and baseline"),
+    "machine, unevenly": (dict(kernel=1.3, baseline=1.1, machine=1.2), "machine"),
+    "machine, which the baseline feels more": (dict(kernel=1.2, baseline=1.4, machine=1.2), "machine"),
+    "another processor": (dict(kernel=1.1, cpu="Xeon", commit="b" * 40), "machine"),
+    "slower machine, and a slower kernel": (dict(kernel=1.32, baseline=1.2, machine=1.2, commit="b" * 40), "kernel"),
+    "machine only": (dict(kernel=1.2, baseline=1.2, machine=1.2), ""),
+    "nothing": (dict(), ""),
+}
+
+
+def pair_of_runs(rng, kernel=1.0, baseline=1.0, machine=1.0, backend="sdpa", blocks=10, sd=0.02, **facts):
+    """A run and a later one in which times are multiplied by these; every block has a noise of its own, its anchor too."""
+
+    def one(k, b, m, backend, **facts):
+        made, anchors = [], []
+        for number in range(blocks):
+            both = math.exp(rng.gauss(0, sd))
+            candidate_s, baseline_s = (1e-3 * x * both * math.exp(rng.gauss(0, sd)) for x in (k, 3 * b))
+            made.append(Block(number, backend, [baseline_s] * 3, [candidate_s] * 3, [True] * 3))
+            anchors.append({"source": "numpy 2.0", "compute": 1e-3 * m * both, "memory": 1e-2 * m * both})
+        return run_of({"a": made}, anchors=anchors, **facts)
+
+    then = one(1.0, 1.0, 1.0, "sdpa")
+    return then, one(kernel, baseline, machine, backend, time="2026-01-02T00:00:00Z", **facts)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_side_that_moved(change):
+    arguments, side = CHANGES[change]
+    rng = random.Random(change)
+    right = sum(attribution.attribute(*pair_of_runs(rng, **arguments), "a").side == side for _ in range(60))
+    assert right >= 56
+
+
+def test_small_moves_are_seldom_called_moves():
+    """Blocks of 2 %, ten a run, and a commit between: at most 1 % and then some of unchanged cases are said to have moved."""
+    rng = random.Random(1)
+    moved = sum(bool(attribution.attribute(*pair_of_runs(rng, commit="b" * 40), "a").side) for _ in range(500))
+    assert moved <= 10
+
+
+def test_without_an_anchor_two_moves_stay_unclear():
+    then, now = pair_of_runs(random.Random(0), kernel=1.3, baseline=1.1, commit="b" * 40, sd=0.001)
+    for run in (then, now):
+        run.evidence = [{} for _ in run.evidence]
+    found = attribution.attribute(then, now, "a")
+    assert found.side == "unclear" and "not anchored" in str(found)
+
+
+def test_anchors_of_two_sources_are_not_compared():
+    then, now = pair_of_runs(random.Random(0), kernel=1.3, commit="b" * 40, sd=0.001)
+    now.evidence[3]["anchor"] = {**now.evidence[3]["anchor"], "source": "numpy 3.0"}
+    assert attribution.attribute(then, now, "a").machine == {}
+
+
+def test_what_moved_is_said_in_a_line():
+    then, now = pair_of_runs(random.Random(0), kernel=1.25, commit="b" * 40, sd=0.001)
+    line = attribution.remarks(then, now, results(now, TwoStage()))[0]
+    assert re.match(r"a: kernel moved: speedup (19\.9|20\.\d) % lower; kernel 2[45]\.\d % slower", line)
+    assert "baseline unchanged" in line and "machine (compute) unchanged" in line
+    assert "commit aaaaaaaaaa -> bbbbbbbbbb" in line
+    now.machine["class"] = "cpu/zen5/2c"
+    assert "not compared" in attribution.remarks(then, now, results(now, TwoStage()))[0]
+
+
+def test_a_case_that_fails_without_having_moved_is_said():
+    then, now = pair_of_runs(random.Random(0), sd=0.001, blocks=15)
+    now.records["a"].case = Case("a", "m:f", floor=4.0)
+    failed = results(now, TwoStage())
+    assert failed[0].verdict is Verdict.FAIL
+    assert attribution.remarks(then, now, failed) == ["a: below its floor, but its speedup did not move since 2026-01-01T00:00:00Z"]
+    assert "nothing to compare" in attribution.remarks(run_of({}), now, failed)[0]
+
+
+def test_other_races_are_not_compared():
+    then, now = pair_of_runs(random.Random(0), kernel=2.0)
+    now.records["a"].case = Case("a", "m:other")
+    assert attribution.attribute(then, now, "a") is None
+    assert attribution.attribute(then, now, "b") is None
+
+
+def test_the_newest_earlier_run_of_this_machine_is_taken(tmp_path):
+    rng = random.Random(0)
+    for number, facts in enumerate(
+        [dict(time="2026-01-01"), dict(time="2026-01-03"), dict(time="2026-01-04", threads=2), dict(time="2026-01-05", base="c" * 40)]
+    ):
+        history([1.0], rng, **facts)[0].save(tmp_path / f"{number}.json")
+    (tmp_path / "power.json").write_text("[]")
+    now = history([1.0], rng, time="2026-01-06")[0]
+    assert latest(tmp_path, now).machine["time"] == "2026-01-03"
+    assert latest(tmp_path, history([1.0], rng, time="2026-01-01")[0]) is None
+
+
+TABLE = ["--table", "tests.breakeven_toys:CASES", "--cases", "quick"]
+MEASURE = [*TABLE, "--device", toys.DEVICE, "--budget", "20s", "--quiet", "--policy", "sequential"]
+
+
+def here(threads):
+    from sparse_attention.breakeven.machine import machine_class
+
+    return key(machine_class(), threads)
+
+
+def test_gate_takes_this_machines_floor(tmp_path, capsys):
+    path = tmp_path / "floors.json"
+    floors(of={here(1): {"quick": 5.0}}).save(path)
+    assert main(["gate", *MEASURE, "--threads", "1", "--thresholds", str(path)]) == 10
+    assert "5x" in capsys.readouterr().out
+
+
+def test_gate_reports_and_does_not_judge_an_unknown_class(tmp_path, capsys):
+    path, stored = tmp_path / "floors.json", tmp_path / "run.json"
+    floors(of={"cpu/abacus/1c": {"quick": 5.0}}).save(path)
+    command = ["gate", *MEASURE, "--thresholds", str(path), "--json", str(stored)]
+    assert main(command) == 12
+    said = capsys.readouterr().out
+    assert "NOT EVALUATED" in said and "reported, not judged" in said and "3.0" in said
+    assert main(["regate", str(stored)]) == 12, "what may not be judged is not judged later either"
+    assert main(["regate", str(stored), "--allow-not-evaluated"]) == 13
+    assert main([*command, "--allow-unknown-class"]) == 0
+
+
+def test_gate_refuses_a_file_that_is_not_there(capsys):
+    assert main(["gate", *MEASURE, "--thresholds", "nowhere.json"]) == 2
+    assert "nowhere.json" in capsys.readouterr().err
+
+
+def test_a_wrong_kernel_is_wrong_on_an_unknown_class_too():
+    unknown = Terms([], unjudged="x", allow_unjudged=True)
+    wrong = [type("R", (), {"verdict": Verdict.WRONG, "reason": "zeros"})()]
+    assert unknown.exit_code(wrong, False, False) is ExitCode.WRONG
+    assert unknown.exit_code([], False, False) is ExitCode.NOTHING_CHECKED
+
+
+def test_gate_says_what_moved(tmp_path, capsys):
+    stored = tmp_path / "run.json"
+    assert main(["gate", *MEASURE, "--json", str(stored)]) == 0
+    data = json.loads(stored.read_text())
+    data["machine"]["time"] = "2020-01-01T00:00:00Z"
+    for entry in data["cases"]:
+        for block in entry["blocks"]:
+            block["candidate_s"] = [s / 2 for s in block["candidate_s"]]
+    data["machine"]["commit"] = "a" * 40
+    stored.write_text(json.dumps(data))
+    capsys.readouterr()
+    assert main(["gate", *MEASURE, "--since", str(stored)]) == 0
+    assert "quick: kernel moved: speedup " in capsys.readouterr().out
+
+
+def test_thresholds_beside_the_table_are_the_default():
+    class Options:
+        base = since = thresholds = None
+        allow_unknown_class = False
+
+    found = terms(Options, [case("a")], 1, "cpu", "perf.cases:CASES")
+    assert found.unjudged == "" or "perf/thresholds.json" in found.unjudged
+    Options.thresholds = "none"
+    assert terms(Options, [case("a", 1.3)], 1, "cpu", "perf.cases:CASES").cases[0].floor == 1.3
+
+
+def git(folder, *arguments):
+    identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+    subprocess.run(["git", "-C", str(folder), *identity, *arguments], check=True, capture_output=True)
+
+
+def test_command_ratchet(tmp_path, capsys, monkeypatch):
+    rng = random.Random(0)
+    for number, run in enumerate(history([3.0, 3.05, 2.98], rng, sd=0.01)):
+        run.records = {"quick": run.records["a"]}
+        run.records["quick"].case = toys.case("quick")
+        run.save(tmp_path / f"run{number}.json")
+    path = tmp_path / "floors.json"
+    command = ["ratchet", str(tmp_path), *TABLE, "--thresholds", str(path)]
+    assert main(command) == 0 and not path.exists()
+    assert '+    "quick": {"floor": ' in capsys.readouterr().out
+    assert main([*command, "--write"]) == 0
+    floor = Thresholds.load(path).floor(HERE, case("quick"))
+    assert 1.5 < floor < 3.0
+    git(tmp_path, "init")
+    git(tmp_path, "add", "floors.json")
+    git(tmp_path, "commit", "-m", "floors")
+    floors(of={HERE: {"quick": 4.0}}).save(path)
+    assert main([*command, "--write"]) == 0
+    assert "not lowered: " in capsys.readouterr().out
+    assert Thresholds.load(path).floor(HERE, case("quick")) == 4.0
+    assert main([*command, "--write", "--allow-lower"]) == 2
+    assert main([*command, "--write", "--allow-lower", "--reason", "the old one was wrong"]) == 0
+    assert Thresholds.load(path).classes[HERE]["quick"]["reason"] == "the old one was wrong"
+    floors(of={HERE: {"quick": 1.0}}).save(path)
+    monkeypatch.chdir(tmp_path)
+    assert main([*command, "--check", "HEAD"]) == 1
+    assert "lowered silently" in capsys.readouterr().out
+    assert main(["ratchet", str(tmp_path / "empty"), *TABLE]) == 2
+    (tmp_path / "empty").mkdir()
+    assert main(["ratchet", str(tmp_path / "empty"), *TABLE]) == 13
+
+
+def test_the_file_that_is_shipped_is_valid():
+    assert Thresholds.load("perf/thresholds.json").classes
