@@ -1,4 +1,4 @@
-"""python -m sparse_attention.breakeven: list, run, gate, plan, regate, selftest."""
+"""python -m sparse_attention.breakeven: list, run, gate, plan, regate, selftest, ratchet, report, comment."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from dataclasses import replace
 
 from . import machine, ratchet_command, selftest, table
 from .case import Case, select
+from .power import Power, PowerPoint
 from .progress import Progress, Silent, duration
 from .race import Race, Settings
+from .report.command import add_commands as add_reporting
 from .result import results
 from .statistics import blocks_to_detect
 from .store import Run
@@ -118,6 +120,10 @@ def _regate(options) -> int:
 def _selftest(options) -> int:
     rates = selftest.operating_characteristics(_policy(options), runs=options.runs, seed=options.seed)
     print(selftest.report(rates))
+    if options.json:
+        points = (PowerPoint.of(r.noise, r.slowdown, r.runs, r.fails) for r in rates)
+        policy = _policy(options)
+        Power(tuple(points), policy={"name": type(policy).__name__, **vars(policy)}).save(options.json)
     unsound = selftest.verdicts(rates)
     for line in unsound:
         print(line)
@@ -130,6 +136,7 @@ def _race(cases: Sequence[Case], settings: Settings, options) -> Run:
     resume = Run.load(options.resume) if options.resume else None
     progress = Silent() if options.quiet else Progress()
     race = Race(cases, settings, progress, save=lambda run: run.save(path) if path else None, resume=resume)
+    race.run.settings.setdefault("table", options.table)
     run = race.execute()
     progress.done()
     return run
@@ -235,8 +242,10 @@ def _parser() -> argparse.ArgumentParser:
     regate.add_argument("--cases", action="append", default=[], metavar="PATTERN")
     regate.add_argument("--json", metavar="FILE")
     check = command("selftest", _selftest, [judging], "the verdict code against noise whose truth is known")
+    check.add_argument("--json", metavar="FILE", help="write the power curves, which `report` draws")
     check.add_argument("--runs", type=positive, default=400, help="simulated gates for each noise and slowdown")
     ratchet_command.add_command(command, [selecting], _cases, fraction)
+    add_reporting(command)
     return parser
 
 

@@ -1,0 +1,216 @@
+"""What a report says, before it is laid out: the verdict, what changed, what did not, and where the numbers come from."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from .. import regression, table
+from ..attribution import Attribution, attribute, move
+from ..result import Result, block_logs, results
+from ..store import Run
+from ..verdict import ExitCode, Policy, Sequential, TwoStage, Verdict, exit_code
+from .curves import Curve, of_run
+from .history import History, Series, series
+from .roofline import Roofline, rooflines
+
+CHANGED_ALPHA = 0.05  # probability that a report calls any unchanged case changed
+
+
+@dataclass(frozen=True)
+class Row:
+    """A case, and what moved since the base run where there is one."""
+
+    result: Result
+    change: Attribution | None = None
+    remark: str = ""
+
+    unjudged: bool = False  # measured well, but its machine class has no floors
+
+    @property
+    def changed(self) -> bool:
+        fine = self.result.verdict is Verdict.PASS or self.unjudged
+        return self.change is not None or bool(self.remark) or not fine
+
+
+@dataclass
+class Report:
+    run: Run
+    results: list[Result]
+    code: ExitCode
+    sentence: str
+    changed: list[Row]
+    unchanged: list[Row]
+    base: str = ""  # what it is compared with, in words
+    notes: list[str] = field(default_factory=list)
+    curves: list[Curve] = field(default_factory=list)
+    rooflines: list[Roofline] = field(default_factory=list)
+    series: list[Series] = field(default_factory=list)
+    history: History = field(default_factory=History)
+
+    @property
+    def verdict(self) -> str:
+        held_back = self.run.settings.get("unjudged") and self.code in (ExitCode.NOT_EVALUATED, ExitCode.NOTHING_CHECKED)
+        return NOT_JUDGED if held_back else _VERDICTS[self.code]
+
+    @property
+    def labels(self) -> tuple[str, str]:
+        """What the two sides are called."""
+        return regression.LABELS if self.run.settings.get("base") else table.LABELS
+
+    @property
+    def machine(self) -> str:
+        return table.headline(self.run, self.results).partition("   noise: ")[0].removeprefix("machine: ")
+
+    @property
+    def noise(self) -> str:
+        return table.headline(self.run, self.results).partition("   noise: ")[2]
+
+    @property
+    def command(self) -> str:
+        """What measures the changed cases again, or all where none changed."""
+        return command(self.run, [row.result.id for row in self.changed])
+
+
+NOT_JUDGED = "NOT JUDGED"
+_VERDICTS = {
+    ExitCode.OK: "PASS",
+    ExitCode.WRONG: "WRONG",
+    ExitCode.BELOW_BREAK_EVEN: "FAIL",
+    ExitCode.INCONCLUSIVE: "INCONCLUSIVE",
+    ExitCode.NOT_EVALUATED: "NOT EVALUATED",
+    ExitCode.NOTHING_CHECKED: "NOTHING CHECKED",
+}
+
+
+def build(run: Run, base: Run | None = None, history: History | None = None, curves: Sequence[Curve] = ()) -> Report:
+    """Everything there is to say about `run`; without `base` it is compared with the last stored run of another commit."""
+    history = history or History()
+    base = None if run.settings.get("base") else base or history.before(run)
+    found = results(run, policy_of(run.settings))
+    notes = list(history.notes)
+    if base is not None and base.machine.get("class") != run.machine["class"]:
+        notes.append(f"the base was measured on {base.machine.get('class')}: speedups of two machine classes are not compared")
+        base = None
+    unjudged = run.settings.get("unjudged")
+    rows = [replace(_row(r, run, base, len(found)), unjudged=bool(unjudged) and r.reason == unjudged) for r in found]
+    changed = sorted((r for r in rows if r.changed), key=_urgency)
+    if base is not None:
+        gone = [name for name in base.records if name not in run.records]
+        notes += [f"in the base, but not run here: {_few(gone)}"] if gone else []
+    return Report(
+        run,
+        found,
+        exit_code(r.verdict for r in found),
+        sentence(found, run.settings),
+        changed,
+        [r for r in rows if not r.changed],
+        _base_words(base),
+        notes,
+        [*curves, *of_run(run, found)],
+        rooflines(run, found),
+        [s for s in series(history.runs, run) if len(s.points) > 1] if history.runs else [],
+        history,
+    )
+
+
+def policy_of(settings: Mapping[str, Any]) -> Policy:
+    """The policy that a stored run was measured for."""
+    stored = dict(settings["policy"])
+    kinds = {kind.__name__: kind for kind in (TwoStage, Sequential)}
+    try:
+        kind = kinds[stored.pop("name")]
+        return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()})
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"the run has no known policy: {settings['policy']!r}") from error
+
+
+def sentence(found: Sequence[Result], settings: Mapping[str, Any]) -> str:
+    """The verdict in words."""
+    unjudged = settings.get("unjudged")
+    if unjudged:
+        found = [r for r in found if r.reason != unjudged]
+        if not found:
+            return unjudged
+    by_verdict = {verdict: [r for r in found if r.verdict is verdict] for verdict in Verdict}
+    count = f"of {len(found)} case{'s' * (len(found) != 1)}"
+    parts = []
+    slow = f"slower than {settings['base'][:10]}" if settings.get("base") else "below break-even"
+    for verdict, words in {**_WORDS, Verdict.FAIL: slow}.items():
+        of = by_verdict[verdict]
+        if of:
+            parts.append(f"{len(of)} {count} {words}" + (f": {_speedup(of[0])}" if len(of) == 1 and of[0].interval else ""))
+            count = ""
+    passed = len(by_verdict[Verdict.PASS])
+    if not parts:
+        who = f"all {passed} cases are" if passed > 1 else "the one case is"
+        return f"{who} at or above {'their' if passed > 1 else 'its'} floor" if passed else "nothing was measured"
+    return "; ".join(" ".join(part.split()) for part in parts) + (f"; {passed} pass" if passed else "")
+
+
+_WORDS = {
+    Verdict.WRONG: "wrong",
+    Verdict.FAIL: "below break-even",
+    Verdict.NOT_EVALUATED: "not evaluated",
+    Verdict.INCONCLUSIVE: "inconclusive",
+}
+
+
+def command(run: Run, names: Sequence[str]) -> str:
+    """A command line that measures `names` as `run` did."""
+    settings, policy = run.settings, policy_of(run.settings)
+    words = ["python", "-m", "sparse_attention.breakeven", "gate"]
+    if settings.get("base"):
+        words += ["--base", settings["base"]]
+    if settings.get("table"):
+        words += ["--table", settings["table"]]
+    for name in names:
+        words += ["--cases", name]
+    if any("full" in run.records[name].case.tags for name in (names or run.records)):
+        words += ["--sizes", "full"]
+    sequential = isinstance(policy, Sequential)
+    words += ["--policy", "sequential" if sequential else "two-stage"]
+    words += ["--alpha", f"{policy.alpha if sequential else policy.second_alpha:g}"]
+    words += ["--budget", f"{settings['budget_s']:g}s", "--threads", str(settings["threads"]), "--device", settings["device"]]
+    return shlex.join(words)
+
+
+def _row(found: Result, run: Run, base: Run | None, cases: int) -> Row:
+    if base is None:
+        return Row(found)
+    if found.id not in base.records:
+        return Row(found, remark="new")
+    logs = [block_logs(r.records[found.id]) for r in (base, run)]
+    if not all(logs):
+        return Row(found)
+    seen = attribute(base, run, found.id)
+    if seen is None:
+        return Row(found, remark="another race than in the base")
+    sure = move(*logs, alpha=CHANGED_ALPHA / (2 * cases)).moved
+    return Row(found, seen if sure else None)
+
+
+def _urgency(row: Row) -> tuple[int, float]:
+    order = [Verdict.WRONG, Verdict.FAIL, Verdict.NOT_EVALUATED, Verdict.INCONCLUSIVE]
+    rank = order.index(row.result.verdict) if row.result.verdict in order else len(order)
+    return rank, row.change.speedup.log if row.change else math.inf
+
+
+def _speedup(found: Result) -> str:
+    seen = found.interval
+    high = "inf" if math.isinf(seen.high) else f"{seen.high:.2f}"
+    return f"{found.id}, {seen.speedup:.2f}x [{seen.low:.2f}, {high}] with a floor of {found.floor:.2f}x"
+
+
+def _base_words(base: Run | None) -> str:
+    if base is None:
+        return ""
+    commit = (base.machine.get("commit") or "no commit")[:10] + ("+changes" if base.machine.get("dirty") else "")
+    return f"{commit} of {base.machine['time'][:10]}"
+
+
+def _few(names: Sequence[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
