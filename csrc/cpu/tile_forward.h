@@ -59,10 +59,14 @@ inline void online_softmax(const Block<A>& block, int group, A log2, A* score, A
   const V origin = most == none ? V{} : most;  // a lane that has seen no key yet
   const V factor = exp2_nonpositive<A>((before - origin) * log2);
   V total = {};
-  for (int r = low; r < high; ++r) {
-    const V weight = exp2_nonpositive<A>((load(column + r * kTile) - origin) * log2);
-    store(column + r * kTile, weight);
-    total += weight;
+  for (int first = low; first < high; first += 8) {  // in pieces, which round less than one long sum
+    V part = {};
+    for (int r = first; r < std::min(first + 8, high); ++r) {
+      const V weight = exp2_nonpositive<A>((load(column + r * kTile) - origin) * log2);
+      store(column + r * kTile, weight);
+      part += weight;
+    }
+    total += part;
   }
   store(maximum + group * L, most);
   store(sum + group * L, load(sum + group * L) * factor + total);
