@@ -74,4 +74,4 @@ def check_strides(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
 def _short(value: object) -> str:
     if isinstance(value, torch.Tensor):
         return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
-    return repr(value)[:80]
+    return " ".join(repr(value).split())[:80]
