@@ -36,9 +36,9 @@ def markdown(results: Sequence[Result], labels: tuple[str, str] = LABELS) -> str
 def headline(run: Run, results: Sequence[Result]) -> str:
     """Machine, versions and noise in one line."""
     machine = run.machine
-    torch = machine["versions"].get("torch")
+    torch, threads = machine["versions"].get("torch"), run.settings["threads"]
     commit = (machine["commit"] or "no commit")[:10] + ("+changes" if machine["dirty"] else "")
-    parts = [machine["class"], machine["cpu"], f"{run.settings['threads']} threads"]
+    parts = [machine["class"], machine["cpu"], f"{threads} thread{'s' * (threads != 1)}"]
     parts += [f"torch {torch}"] if torch else []
     share = clean_share(run)
     sds = [r.interval.sd for r in results if r.interval and math.isfinite(r.interval.sd)]

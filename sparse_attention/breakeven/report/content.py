@@ -160,22 +160,27 @@ _WORDS = {
 
 
 def command(run: Run, names: Sequence[str]) -> str:
-    """A command line that measures `names` as `run` did."""
+    """A command line that measures `names` as `run` did; what is the default is left out."""
     settings, policy = run.settings, policy_of(run.settings)
-    words = ["python", "-m", "sparse_attention.breakeven", "gate"]
-    if settings.get("base"):
-        words += ["--base", settings["base"]]
-    if settings.get("table"):
-        words += ["--table", settings["table"]]
-    for name in names:
-        words += ["--cases", name]
-    if any("full" in run.records[name].case.tags for name in (names or run.records)):
-        words += ["--sizes", "full"]
     sequential = isinstance(policy, Sequential)
-    words += ["--policy", "sequential" if sequential else "two-stage"]
-    words += ["--alpha", f"{policy.alpha if sequential else policy.second_alpha:g}"]
-    words += ["--budget", f"{settings['budget_s']:g}s", "--threads", str(settings["threads"]), "--device", settings["device"]]
-    return shlex.join(words)
+    options = {
+        "--base": settings.get("base"),
+        "--table": settings.get("table"),
+        "--sizes": "full" if any("full" in run.records[name].case.tags for name in (names or run.records)) else None,
+        "--policy": "sequential" if sequential else None,
+        "--alpha": f"{policy.alpha if sequential else policy.second_alpha:g}",
+        "--budget": f"{settings['budget_s']:g}s",
+        "--device": settings["device"],
+        "--threads": str(settings["threads"]),
+    }
+    words = ["python", "-m", "sparse_attention.breakeven", "gate"]
+    for option, value in options.items():
+        if value and _DEFAULTS.get(option) != value:
+            words += [option, value]
+    return " \\\n    ".join([shlex.join(words), *(shlex.join(["--cases", name]) for name in names)])
+
+
+_DEFAULTS = {"--table": "perf.cases:CASES", "--alpha": "0.01", "--budget": "280s", "--device": "cpu"}
 
 
 def _row(found: Result, run: Run, base: Run | None, cases: int) -> Row:

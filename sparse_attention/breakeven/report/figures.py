@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..power import PowerPoint
+from ..power import Power, PowerPoint
 from ..table import seconds
 from ..verdict import Verdict
 from .curves import DENSITY, Curve
 from .history import Series
 from .roofline import Roofline
-from .svg import COLOURS, SETTINGS, render
+from .svg import COLOURS, SERIES, SETTINGS, render
 
 WIDTH, HEIGHT = 358, 240  # CSS pixels: what a phone of 390 shows
 _INK, _MUTED, _GRID, _SURFACE = (COLOURS[name] for name in ("ink", "muted", "grid", "surface"))
@@ -33,7 +33,7 @@ def curve(found: Curve, key: str) -> Picture:
     sizes = [p.size for p in probes]
     figure, axes = _canvas()
     axes.set_xscale("log")
-    _speedups(axes, [p.low for p in probes] + [p.high for p in probes])
+    _speedups(axes, [1.0] + [p.low for p in probes] + [p.high for p in probes])
     low, high = found.crossing.interval
     if low is not None:
         axes.axvspan(low, high, color=COLOURS["unsure"], alpha=0.22, linewidth=0)
@@ -42,7 +42,7 @@ def curve(found: Curve, key: str) -> Picture:
     axes.fill_between(sizes, [p.low for p in probes], [p.high for p in probes], color=COLOURS["candidate"], alpha=0.2, linewidth=0)
     axes.plot(sizes, [p.speedup for p in probes], "o-", color=COLOURS["candidate"], linewidth=2, markersize=5, gid="probes")
     write = _share if found.axis == DENSITY else _count
-    _ticks(axes.xaxis, _spread(sizes, 5), write)
+    _ticks(axes.xaxis, _spread(sizes, 5), (lambda v: f"{100 * v:.2g} %") if found.axis == DENSITY else _count)
     axes.set_xlabel("share of the pairs that are kept" if found.axis == DENSITY else "length", loc="right")
     rows = tuple(
         (write(p.size), f"{p.speedup:.2f}x", f"{p.low:.2f} to {p.high:.2f}", str(p.blocks), _WORDS.get(p.verdict, "close to 1"))
@@ -60,7 +60,7 @@ _WORDS = {Verdict.PASS: "faster", Verdict.FAIL: "slower"}
 def roofline(found: Roofline, key: str) -> Picture:
     """Useful FLOP/s against useful FLOPs a byte: candidates, the baselines' rate for the same work, and the ceilings."""
     spots = found.spots
-    figure, axes = _canvas(height=300)
+    figure, axes = _canvas(height=300, above=28)
     axes.set_xscale("log")
     axes.set_yscale("log")
     x = [s.intensity for s in spots]
@@ -81,9 +81,10 @@ def roofline(found: Roofline, key: str) -> Picture:
         markerfacecolor=_SURFACE, markeredgecolor=COLOURS["baseline"], gid="baselines",
     )  # fmt: skip
     axes.plot(x, [s.rate for s in spots], "o", **style, color=COLOURS["candidate"], gid="candidates")
-    _ticks(axes.xaxis, _decades(left, right), _count)
-    _ticks(axes.yaxis, _decades(*axes.get_ylim()), lambda v: f"{_si(v)}FLOP/s", gap=11)
+    _ticks(axes.xaxis, _decades(left, right), lambda v: f"{v:g}")
+    _ticks(axes.yaxis, _decades(*axes.get_ylim()), lambda v: _si(v).strip(), gap=11)
     axes.set_xlabel("useful FLOPs for each byte", loc="right")
+    axes.set_title("useful FLOP/s", loc="left", x=-32 / (WIDTH - 56), fontsize=12, color=_MUTED)
     rows = tuple(
         (
             s.id,
@@ -117,11 +118,19 @@ def history(found: Series, key: str) -> Picture:
     _speedups(axes, [p.low for p in points] + [p.high for p in points])
     axes.set_xlim(-0.7, len(points) - 0.3)
     axes.vlines(x, [p.low for p in points], [p.high for p in points], color=COLOURS["candidate"], alpha=0.35, linewidth=2)
-    axes.plot(x, [p.speedup for p in points], "o", color=COLOURS["candidate"], markersize=4, gid="runs")
-    bounds = [0, *(step.index for step in found.steps), len(points)]
+    stored = len(points) - found.open
+    speedups = [p.speedup for p in points]
+    axes.plot(x[:stored], speedups[:stored], "o", color=COLOURS["candidate"], markersize=4, gid="stored")
+    now = {"markerfacecolor": _SURFACE, "markeredgecolor": COLOURS["candidate"], "markersize": 6, "markeredgewidth": 1.5}
+    axes.plot(x[stored:], speedups[stored:], "o", **now, gid="now")
+    bounds = [0, *(step.index for step in found.steps), stored]
     for first, last in zip(bounds, bounds[1:]) if found.steps else ():
         level = math.exp(sum(math.log(p.speedup) for p in points[first:last]) / (last - first))
         axes.hlines(level, first - 0.3, last - 0.7, color=_INK, linewidth=1.5)
+    low, high = axes.get_ylim()
+    if found.floor != 1.0 and low <= found.floor <= high:
+        axes.axhline(found.floor, color=_INK, linewidth=1, linestyle=(0, (1, 2)))
+        axes.annotate("floor", (len(points) - 0.4, found.floor), (0, 3), textcoords="offset points", ha="right", color=_MUTED)
     for step in found.steps:
         colour = COLOURS["good" if step.speedup > 1 else "bad"]
         axes.axvline(step.index - 0.5, color=colour, linewidth=1.5, linestyle=(0, (3, 2)))
@@ -136,72 +145,111 @@ def history(found: Series, key: str) -> Picture:
         (p.label, p.time[:10], f"{p.speedup:.2f}x", f"{p.low:.2f} to {p.high:.2f}", seconds(p.baseline_s), seconds(p.candidate_s))
         for p in points
     )
-    finding = "; ".join(step.words for step in found.steps) or f"no step in {len(points)} runs"
-    tips = {"runs": [f"{row[0]}, {row[1]}: {row[2]} ({row[3]})" for row in rows]}
+    finding = "; ".join(step.words for step in found.steps) or f"no step in {stored} runs"
+    said = [f"{row[0]}, {row[1]}: {row[2]} ({row[3]})" for row in rows]
+    tips = {"stored": said[:stored], "now": said[stored:]} if found.open else {"stored": said}
     svg = render(figure, key, f"History of {found.id}", f"{finding}.", tips)
     header = ("commit", "measured", "speedup", "95 % interval", "baseline", "candidate")
     return Picture(found.id, finding, svg, header, rows)
 
 
-def power(name: str, points: Sequence[PowerPoint], key: str) -> Picture:
-    """Share of slowdowns found against their size; at 0 it is the share of false alarms."""
-    figure, axes = _canvas()
-    x = [100 * p.slowdown for p in points]
-    shares = [100 * p.share for p in points]
+def power(found: Power, key: str) -> Picture:
+    """Share of slowdowns found against their size, for as many curves as there are colours; at 0 they are false alarms."""
+    curves = dict(list(found.curves().items())[: len(SERIES)])
+    points = [p for curve in curves.values() for p in curve]
+    most = 100 * max(max(p.slowdown for p in points), 0.01)
+    figure, axes = _canvas(height=280)
     axes.set_ylim(-4, 108)
-    axes.set_xlim(-0.04 * max(x[-1], 1), 1.04 * max(x[-1], 1))
+    axes.set_xlim(-0.05 * most, 1.05 * most)
     axes.axhline(95, color=_MUTED, linewidth=1, linestyle=(0, (3, 2)))
-    axes.vlines(x, [100 * p.low for p in points], [100 * p.high for p in points], color=COLOURS["candidate"], alpha=0.35, linewidth=4)
-    axes.plot(x, shares, "o-", color=COLOURS["candidate"], linewidth=2, markersize=5, gid="rates")
+    tips = {}
+    for number, (name, curve) in enumerate(curves.items()):
+        colour = COLOURS[SERIES[number]]
+        x = [100 * p.slowdown + (number - (len(curves) - 1) / 2) * 0.011 * most for p in curve]
+        axes.vlines(x, [100 * p.low for p in curve], [100 * p.high for p in curve], color=colour, alpha=0.4, linewidth=2)
+        axes.plot(x, [100 * p.share for p in curve], "o-", color=colour, linewidth=1.3, markersize=3.5, label=_short(name), gid=f"curve{number}")
+        tips[f"curve{number}"] = [f"{name}, {100 * p.slowdown:.3g} % slower: {_share_words(p)}" for p in curve]
+    axes.legend(
+        loc="lower right", frameon=False, labelcolor=_INK, fontsize=10, handlelength=1.2, labelspacing=0.25, borderpad=0, bbox_to_anchor=(1, 0.04),
+    )  # fmt: skip
     _ticks(axes.yaxis, [0, 50, 95], lambda v: f"{v:.0f} %", gap=11)
-    _ticks(axes.xaxis, _apart(x, x[-1] / 9), lambda v: f"{v:.3g} %")
+    _ticks(axes.xaxis, _apart(sorted({100 * p.slowdown for p in points}), most / 9), lambda v: f"{v:.3g} %")
     axes.set_xlabel("slowdown", loc="right")
     rows = tuple(
-        (f"{100 * p.slowdown:.3g} %", str(p.runs), str(p.caught), f"{100 * p.share:.1f} %", f"{100 * p.low:.1f} to {100 * p.high:.1f} %")
-        for p in points
+        (name, f"{100 * p.slowdown:.3g} %", str(p.runs), str(p.caught), f"{100 * p.share:.1f} %", f"{100 * p.low:.1f} to {100 * p.high:.1f} %")
+        for name, curve in curves.items()
+        for p in curve
     )
-    found = next((p for p in points if p.slowdown > 0 and p.low >= 0.95), None)
-    alarms = next((p for p in points if p.slowdown == 0), None)
-    parts = [f"false alarms {_bounded(alarms)}"] if alarms else []
-    parts.append(f"finds {100 * found.slowdown:.3g} % with at least 95 % power" if found else "95 % power is not shown at any slowdown")
-    finding = "; ".join(parts)
-    svg = render(figure, key, f"Power of the gate: {name}", f"{finding}.", {"rates": [f"{r[0]} slower: {r[3]} ({r[4]})" for r in rows]})
-    return Picture(name, finding, svg, ("slowdown", "gates", "found", "share", "95 % interval"), rows)
+    title, finding = _gate_words(found), _power_words(curves)
+    svg = render(figure, key, f"Power of the gate: {title}", f"{finding}.", tips)
+    return Picture(title, finding, svg, ("", "slowdown", "gates", "found", "share", "95 % interval"), rows)
 
 
-def _bounded(point: PowerPoint) -> str:
-    return f"{100 * point.share:.1f} % (at most {100 * point.high:.1f} %)"
+def _gate_words(found: Power) -> str:
+    gate = _GATES.get(found.policy.get("name"), str(found.policy.get("name", "gate")))
+    where = f"on {found.machine['class']}" if found.machine else "on simulated noise"
+    return f"{gate[0].upper()}{gate[1:]}, {where}"
 
 
-def _canvas(height: int = HEIGHT):
+_GATES = {"TwoStage": "two-stage", "Sequential": "sequential"}
+
+
+def _power_words(curves: Mapping[str, Sequence[PowerPoint]]) -> str:
+    """The worst rate of false alarms, and the least slowdown that every curve finds."""
+    parts = []
+    alarms = [p for curve in curves.values() for p in curve if p.slowdown == 0]
+    if alarms:
+        worst = max(alarms, key=lambda p: p.share)
+        parts.append(f"false alarms {100 * worst.share:.1f} % at worst, at most {100 * max(p.high for p in alarms):.1f} %")
+    least = [next((p.slowdown for p in curve if p.slowdown > 0 and p.share >= 0.95), None) for curve in curves.values()]
+    if None in least:
+        parts.append(f"{len(least) - least.count(None)} of {len(least)} curves reach 95 %")
+    else:
+        parts.append(f"slowdowns of {100 * max(least):.3g} % are found at least 95 % of the time")
+    return "; ".join(parts)
+
+
+def _share_words(point: PowerPoint) -> str:
+    return f"{100 * point.share:.1f} % ({100 * point.low:.1f} to {100 * point.high:.1f} %)"
+
+
+def _short(name: str, most: int = 30) -> str:
+    return name if len(name) <= most else f"{name[: most // 2 - 1]}…{name[-most // 2 :]}"
+
+
+def _canvas(height: int = HEIGHT, above: int = 12):
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(SETTINGS):
         figure = Figure(figsize=(WIDTH / 72, height / 72))
-        axes = figure.add_axes((44 / WIDTH, 44 / height, (WIDTH - 56) / WIDTH, (height - 56) / height))
+        axes = figure.add_axes((44 / WIDTH, 44 / height, (WIDTH - 56) / WIDTH, (height - 44 - above) / height))
         axes.grid(axis="y", linewidth=1)
     return figure, axes
 
 
 def _speedups(axes, values: Sequence[float]) -> None:
-    """A logarithmic axis of speedups that holds 1.0, where break-even is drawn."""
+    """A logarithmic axis of speedups; break-even is drawn where it lies on it."""
     finite = [v for v in values if 0 < v < math.inf] or [1.0]
-    low, high = min([*finite, 1.0]), max([*finite, 1.0])
-    room = max((high / low) ** 0.08, 1.03)
-    low, high = low / room, high * room
+    room = max((max(finite) / min(finite)) ** 0.1, 1.04)
+    low, high = min(finite) / room, max(finite) * room
     axes.set_yscale("log")
     axes.set_ylim(low, high)
-    axes.axhline(1.0, color=_MUTED, linewidth=1.5)
-    offered = [v for v in _LEVELS if low <= v <= high]
-    if len(offered) < 3:
-        offered = [v / 100 for v in range(50, 200, 2 if high / low < 1.2 else 5) if low <= v / 100 <= high]
-    steps = math.ceil(len(offered) / 6)
-    chosen = [v for v in offered if (offered.index(v) - offered.index(1.0)) % steps == 0]
-    _ticks(axes.yaxis, chosen, lambda v: f"{v:.3g}x", gap=11)
+    if low <= 1.0 <= high:
+        axes.axhline(1.0, color=_MUTED, linewidth=1.5)
+    _ticks(axes.yaxis, _levels(low, high), lambda v: f"{v:.3g}x", gap=11)
 
 
-_LEVELS = [2.0**n for n in range(-7, 0)] + [1.0] + [1.5] + [2.0**n for n in range(1, 11)]
+def _levels(low: float, high: float, most: int = 7) -> list[float]:
+    """At most `most` round speedups: evenly apart where the range is narrow, powers of two or four where it is wide."""
+    for digits in range(-3, 3) if high / low < 4 else ():
+        for step in (m * 10.0**digits for m in (1, 2, 5)):
+            found = [round(n * step, 3) for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
+            if len(found) <= most:
+                return found
+    exponents = range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)
+    stride = math.ceil(len(exponents) / most)
+    return [2.0**n for n in exponents if n % stride == 0]
 
 
 def _ceilings(axes, found: Roofline, left: float, right: float) -> None:

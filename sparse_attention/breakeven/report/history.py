@@ -64,6 +64,8 @@ class Series:
     id: str
     points: tuple[Point, ...]
     steps: tuple[Step, ...]
+    floor: float
+    open: bool  # the last point is the run at hand, which is not stored
 
 
 @dataclass
@@ -81,8 +83,11 @@ class History:
 
 
 def read(folder: str | os.PathLike, machine_class: str) -> History:
-    """Every stored run of `machine_class` and every power curve below `folder`. Other JSON files, such as asv's, are ignored."""
-    found = History()
+    """Stored runs of `machine_class` below `folder`, and the newest power curves of each gate, of that class or simulated.
+
+    Other JSON files, such as asv's, are ignored.
+    """
+    found, powers = History(), {}
     if not Path(folder).is_dir():
         raise ValueError(f"history must be a folder, got {os.fspath(folder)!r}")
     for path in sorted(Path(folder).rglob("*.json")):
@@ -91,22 +96,32 @@ def read(folder: str | os.PathLike, machine_class: str) -> History:
             if not isinstance(data, dict):
                 continue
             if data.get("kind") == POWER:
-                found.powers.append(Power.from_dict(data, path.name))
+                power = Power.from_dict(data, path.name)
+                where, when = (power.machine or {}).get("class"), (power.machine or {}).get("time", "")
+                gate = where, json.dumps(power.policy, sort_keys=True)
+                if where in (None, machine_class) and when >= powers.get(gate, ("",))[0]:
+                    powers[gate] = when, power
             elif {"schema", "machine", "cases"} <= data.keys() and data["machine"].get("class") == machine_class:
                 found.runs.append(Run.load(path))
         except (ValueError, AttributeError) as error:
             found.notes.append(f"{path.name} was passed over: {error}")
     found.runs.sort(key=_order)
+    found.powers = [power for _, power in powers.values()]
     return found
 
 
 def series(runs: Iterable[Run], run: Run) -> list[Series]:
-    """For each case of `run`, the runs that raced the same thing in the same way, and `run` after them."""
-    ordered = [r for r in runs if _key(r) != _key(run)] + [run]
+    """For each case of `run`, the stored runs that raced the same thing in the same way; and `run`, after them, if it is not stored.
+
+    Steps are looked for among stored runs: the last point of the series of a pull request is no history yet.
+    """
+    runs = list(runs)
+    is_stored = any(_key(r) == _key(run) for r in runs)
     found = []
     for name, record in run.records.items():
-        points = [p for r in ordered if (p := _point(r, r.records.get(name), run, record))]
-        found.append(Series(name, tuple(points), tuple(steps(points))))
+        points = [p for r in runs if (p := _point(r, r.records.get(name), run, record))]
+        now = None if is_stored else _point(run, record, run, record)
+        found.append(Series(name, (*points, *filter(None, [now])), tuple(steps(points)), record.case.floor, now is not None))
     return found
 
 

@@ -44,7 +44,6 @@ def page(report: Report) -> str:
 def sections(report: Report) -> list[Section]:
     stepped = [s for s in report.series if s.steps]
     steady = [s for s in report.series if not s.steps]
-    powers = [(name, points) for power in report.history.powers for name, points in power.curves().items()]
     return [
         Section(
             "Where it breaks even",
@@ -68,7 +67,7 @@ def sections(report: Report) -> list[Section]:
         Section(
             "What this gate finds",
             "Share of gates that found a slowdown of known size, with 95 % intervals. At 0 % there is nothing to find: false alarms.",
-            [figures.power(name, points, f"power{n}") for n, (name, points) in enumerate(powers)],
+            _drawn("power", figures.power, report.history.powers),
         ),
     ]
 

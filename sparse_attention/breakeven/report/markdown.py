@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from .content import Report, Row
-from .rows import Cells, axis, cells, memory
+from .rows import Cells, axis, cells
 from .sticky import MARK, MOST
 
 _MOST_CHANGED = 30
@@ -41,13 +41,11 @@ _SIGNS = {"PASS": "✅", "FAIL": "❌", "WRONG": "❌", "NOTHING CHECKED": "❌"
 
 
 def _table(rows: Sequence[Row], labels: tuple[str, str]) -> str:
-    with_memory = any(memory(row) for row in rows)
-    header = ["case", "speedup [interval]", "floor", "detects", f"{labels[0]}, {labels[1]}", "verdict"]
-    header += ["peak memory"] if with_memory else []
-    rule = [":--", "--:", "--:", "--:", "--:", ":--"] + ["--:"] * with_memory
+    header = ["case", "speedup [interval]", "floor", "detects", f"{labels[0]}, {labels[1]}", "peak memory", "verdict"]
+    rule = [":--", "--:", "--:", "--:", "--:", "--:", ":--"]
     lines = [_line(header), _line(rule)]
-    for row, found in zip(rows, cells(rows, axis(rows))):
-        lines.append(_line([_name(found), found.speedup, found.floor, found.detects, found.times, found.verdict] + [memory(row)] * with_memory))
+    for c in cells(rows, axis(rows)):
+        lines.append(_line([_name(c), c.speedup, c.floor, c.detects, c.times, c.memory, c.verdict]))
     return "\n".join(lines)
 
 

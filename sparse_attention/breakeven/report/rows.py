@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from ..result import Result
 from ..table import mebibytes, seconds
 from ..verdict import Verdict
 from .content import Row
@@ -27,7 +28,8 @@ class Cells:
     speedup: str
     floor: str
     detects: str
-    times: str
+    times: str  # of the baseline, of the candidate
+    memory: str  # likewise, peak bytes
     verdict: str
     remarks: tuple[str, ...]
     bar: Bar | None
@@ -59,7 +61,7 @@ def _cells(row: Row, axis: tuple[float, float]) -> Cells:
     detects = f"{100 * found.detects:.2g} %" if found.detects is not None and math.isfinite(found.detects) else ""
     baseline = f"limit {seconds(found.limit_s)}" if found.limit_s is not None else seconds(found.baseline_s)
     times = f"{baseline}, {seconds(found.candidate_s)}" if found.candidate_s is not None else ""
-    return Cells(found.id, speedup, f"{found.floor:.3g}x", detects, times, found.verdict.value, _remarks(row), bar)
+    return Cells(found.id, speedup, f"{found.floor:.3g}x", detects, times, _memory(found), found.verdict.value, _remarks(row), bar)
 
 
 def _remarks(row: Row) -> tuple[str, ...]:
@@ -82,9 +84,7 @@ def change(row: Row) -> str:
     return f"was {before:.2f}x, {100 * math.expm1(moved.speedup.log):+.1f} %: {who} moved: {', '.join(sides)}"
 
 
-def memory(row: Row) -> str:
-    """Peak bytes of the baseline and of the candidate."""
-    found = row.result
+def _memory(found: Result) -> str:
     if found.baseline_peak_bytes is None and found.candidate_peak_bytes is None:
         return ""
     return f"{mebibytes(found.baseline_peak_bytes)}, {mebibytes(found.candidate_peak_bytes)}"

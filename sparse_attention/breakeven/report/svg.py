@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_NAMES = ("ink", "muted", "grid", "surface", "candidate", "baseline", "good", "bad", "unsure")
+SERIES = tuple(f"series{number}" for number in range(1, 7))
+_NAMES = ("ink", "muted", "grid", "surface", "candidate", "baseline", "good", "bad", "unsure", *SERIES)
 COLOURS = {name: f"#0d0c{number:02x}" for number, name in enumerate(_NAMES)}  # unlike any colour that matplotlib chooses
 
 SETTINGS = {
@@ -60,7 +61,8 @@ def render(figure: Figure, key: str, title: str, description: str, tips: Mapping
     _prefix_ids(root, key)
     _label(root, key, title, description)
     for element in root.iter(f"{{{_SVG}}}text"):
-        element.set("style", _without_font_family(element.get("style", "")))
+        style = _without_font_family(element.get("style", ""))
+        element.set("style", style if "fill:" in style else f"{style}; fill: #000000")  # what SVG says by default
     ElementTree.register_namespace("", _SVG)
     ElementTree.register_namespace("xlink", _XLINK)
     text = ElementTree.tostring(root, encoding="unicode")
