@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
-from . import machine, ratchet_command, selftest, table
+from . import machine, proof_command, ratchet_command, selftest, table
 from .case import Case, select
 from .power import Power, PowerPoint
 from .progress import Progress, Silent, duration
@@ -245,6 +245,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--json", metavar="FILE", help="write the power curves, which `report` draws")
     check.add_argument("--runs", type=positive, default=400, help="simulated gates for each noise and slowdown")
     ratchet_command.add_command(command, [selecting], _cases, fraction)
+    proof_command.add_command(command, seconds, positive)
     add_reporting(command)
     return parser
 

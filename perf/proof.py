@@ -1,0 +1,125 @@
+"""What `python -m sparse_attention.breakeven proof` proves the gate on: kernels with some of their work repeated, and gates that
+must not say yes.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from perf.cases import K, shape
+from perf.oracle import Oracle
+from perf.workloads import forward, tensors
+from sparse_attention import attention, baselines, layout
+from sparse_attention.breakeven import Case, Unavailable, Workload
+from sparse_attention.breakeven.controls import Control
+from sparse_attention.breakeven.proof import SLOWDOWNS, Injected
+from sparse_attention.patterns import parse
+
+TILE = 64
+
+
+def injected(name: str, pattern: str, sizes: dict, causal: bool = True, slowdowns: tuple[float, ...] = SLOWDOWNS) -> Injected:
+    """A forward case, and the same with shares of its tiles visited twice."""
+    args = {"pattern": pattern, "causal": causal, **sizes}
+    plain = Case(name, "perf.workloads:forward", args, share=f"proof {name}")
+    slowed = {x: Case(f"{name} +{100 * x:g}%", "perf.proof:slowed", {"extra": x, **args}, share=plain.share) for x in slowdowns}
+    return Injected(plain, slowed)
+
+
+def only(name: str, pattern: str, sizes: dict, build: str = "forward", causal: bool = True, **args) -> Injected:
+    """A case for false alarms alone."""
+    return Injected(Case(name, f"perf.workloads:{build}", {"pattern": pattern, "causal": causal, **args, **sizes}), {})
+
+
+INJECTED = [
+    injected("window256/2k", "SlidingWindow(256)", shape(4, 2 * K, 64)),
+    injected("strided64/2k", "Strided(64)", shape(2, 2 * K, 64)),
+    only("bigbird/2k", "BigBird()", shape(2, 2 * K, 64), causal=False),
+    only("logsparse/2k", "LogSparse()", shape(4, 2 * K, 64), impl="gather"),
+    only("window256/1k/backward", "SlidingWindow(256)", shape(4, K, 64), build="backward"),
+]
+
+
+def slowed(extra: float, pattern: str, causal: bool, **sizes) -> Workload:
+    """`forward` whose candidate first visits about the share `extra` of its tiles once more: those of the last queries."""
+    workload = forward(pattern, causal, **sizes)
+    q, k, v, _ = tensors(**sizes)
+    chosen = parse(pattern)
+    heads, q_len, kv_len = q.shape[1], q.shape[2], k.shape[2]
+
+    def visited(count):
+        return layout.layout(chosen, count, kv_len, heads).counts.visited
+
+    if extra:
+        whole, counts = visited(q_len), {count: visited(count) for count in range(TILE, q_len, TILE)}
+        last = min(counts, key=lambda count: abs(counts[count] / whole - extra))
+        few, plain = q[:, :, -last:], workload.candidate
+
+        def candidate():
+            with torch.no_grad():
+                attention(few, k, v, chosen, impl="tile")
+            return plain()
+
+        workload.candidate = candidate
+        workload.note = f"{counts[last]} of {whole} tiles twice: +{100 * counts[last] / whole:.1f} %"
+    return workload
+
+
+def faulty(fault: str, **sizes) -> Workload:
+    """Causal attention whose kernel is "dense", so no faster, or returns "zeros" or "yesterday"'s output."""
+    q, k, v, _ = tensors(**sizes)
+    dense = baselines.dense(q, k, v, causal=True)
+    kept: list[torch.Tensor] = []
+
+    def yesterday():
+        if not kept:
+            kept.append(dense["sdpa"]())
+        return kept[0].clone()
+
+    kernels = {"dense": dense["sdpa"], "zeros": lambda: torch.zeros_like(q), "yesterday": yesterday}
+    return Workload(kernels[fault], dense, Oracle(q, k, v, parse("Causal()")).check, inputs=(q, k, v))
+
+
+def side_stream(**sizes) -> Workload:
+    """Launches its work on a stream for which nobody waits, and enough of it that it is not over by chance when asked for."""
+    if not torch.cuda.is_available():
+        raise Unavailable("needs a CUDA device")
+    q, k, v, _ = (x.cuda() for x in tensors(**sizes))
+    dense = baselines.dense(q, k, v, causal=True)
+    stream = torch.cuda.Stream()
+
+    def candidate():
+        with torch.cuda.stream(stream):
+            return [dense["sdpa"]() for _ in range(20)][-1]
+
+    return Workload(candidate, dense, lambda out: torch.testing.assert_close(out, dense["sdpa"]()), inputs=(q, k, v))
+
+
+SMALL = shape(2, K, 64)
+BROKEN = [
+    Case("dense", "perf.proof:faulty", {"fault": "dense", **SMALL}, floor=1.05),
+    Case("zeros", "perf.proof:faulty", {"fault": "zeros", **SMALL}),
+    Case("yesterday", "perf.proof:faulty", {"fault": "yesterday", **SMALL}),
+    Case("side-stream", "perf.proof:side_stream", shape(16, 4 * K, 64, dtype="bfloat16")),
+    Case("sound", "perf.workloads:forward", {"pattern": "SlidingWindow(256)", "causal": True, **SMALL}),
+]
+NONE: list[Case] = []
+
+
+def gate(*arguments: str, table: str = "BROKEN") -> tuple[str, ...]:
+    settings = ["--thresholds", "none", "--threads", "1", "--policy", "sequential", "--budget", "60s", "--quiet"]
+    return ("sparse_attention.breakeven", "gate", "--table", f"perf.proof:{table}", *arguments, *settings)
+
+
+CONTROLS = [
+    Control("the candidate is dense, at floor 1.05", gate("--cases", "dense"), (10,), "dense .*FAIL"),
+    Control("a kernel that returns zeros", gate("--cases", "zeros"), (1,), "WRONG: AssertionError"),
+    Control("a kernel that returns yesterday's output", gate("--cases", "yesterday"), (1,), "WRONG: after its inputs changed"),
+    Control("a kernel on a side stream", gate("--cases", "side-stream", "--device", "cuda"), (1, 12), needs="cuda"),
+    Control("a sound kernel", gate("--cases", "sound"), (0,), "sound .*PASS"),
+    Control("the same beside busy neighbours", gate("--cases", "sound"), (12,), "NOT EVALUATED: contended", neighbours=True),
+    Control("a renamed case", gate("--cases", "renamed"), (13,), "no case .* matches 'renamed'"),
+    Control("an empty table", gate(table="NONE"), (13,), "no case"),
+    Control("a renamed case, in pytest", ("pytest", "perf", "-q", "-k", "renamed", "-p", "no:cacheprovider"), (5,), "deselected"),
+    Control("timing switched off, in pytest", ("pytest", "perf", "-q", "--benchmark-disable"), (4,), "would judge nothing"),
+]

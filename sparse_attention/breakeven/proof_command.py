@@ -1,0 +1,115 @@
+"""The command `proof`: measure or reread a session, draw gates from it, try the controls, write what came out."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .controls import Control, Outcome, run_controls
+from .machine import describe
+from .progress import Progress, Silent, duration
+from .proof import Injected, Proof, Session, analyse, load_sessions, policy_of_session, save, sessions_of
+from .proof_text import markdown, put, summary
+from .race import Race, Settings
+from .store import Run
+from .verdict import ExitCode
+
+BLOCKS = 60
+
+
+def add_command(command: Callable[..., Any], seconds: Callable[[str], float], positive: Callable[[str], int]) -> None:
+    proof = command("proof", _proof, [], "false alarms, detection and refusals of the gate on real kernels: about 15 minutes")
+    proof.add_argument("--table", default="perf.proof", metavar="MODULE", help="holds INJECTED and CONTROLS")
+    proof.add_argument("--blocks", type=positive, default=BLOCKS, help="fresh processes a case; 22 at least")
+    proof.add_argument("--budget", type=seconds, default=14 * 60.0, metavar="TIME", help="for the blocks, such as 14m")
+    proof.add_argument("--threads", type=positive, default=1)
+    proof.add_argument("--device", default="cpu", help="cpu, cuda, cuda-graph or the module:Class of a clock")
+    proof.add_argument("--runs", type=positive, default=1000, help="gates drawn for each rate")
+    proof.add_argument("--seed", type=int, default=0)
+    proof.add_argument("--session", metavar="FILE", help="keep the raw blocks here, and go on from it where it exists")
+    proof.add_argument("--stored", metavar="FILE", help="take the blocks of a stored proof instead of measuring")
+    proof.add_argument("--only", choices=("rates", "controls"), help="leave out the other half")
+    proof.add_argument("--results", default="perf/results", metavar="DIR", help="write the proof below here, by machine class")
+    proof.add_argument("--page", default="docs/proof.md", metavar="FILE", help="put the summary into this page; 'none' for nowhere")
+    proof.add_argument("--dry-run", action="store_true", help="say what would be measured")
+    proof.add_argument("--quiet", action="store_true", help="no progress")
+
+
+def _proof(options) -> int:
+    sys.path.insert(0, os.getcwd())
+    table = importlib.import_module(options.table)
+    injected: Sequence[Injected] = table.INJECTED
+    controls: Sequence[Control] = table.CONTROLS
+    if options.dry_run:
+        return _say(options, injected, controls)
+    progress = Silent() if options.quiet else Progress()
+    machine, threads, sessions, kept = describe(options.device), options.threads, [], ()
+    if options.stored:
+        sessions, machine, threads, kept = load_sessions(options.stored)
+    elif options.only != "controls":
+        run = _measured(options, injected, progress)
+        machine, sessions = run.machine, sessions_of(run, injected)
+        for name, why in _missing(run, injected, sessions).items():
+            progress.line(f"{name}: left out: {why}")
+    proof = Proof(machine, threads, (), {}, {}, {}, {})
+    if options.only != "controls":
+        proof = analyse(sessions, machine, threads, options.runs, options.seed, progress.line)
+    if options.only != "rates" and not options.stored:
+        kept = tuple(_tried(controls, threads, progress))
+    proof = dataclasses.replace(proof, controls=tuple(kept))
+    for path in save(proof, Path(options.results) / machine["class"].replace("/", "-")):
+        print(f"wrote {path}")
+    if options.page != "none":
+        put(Path(options.page), machine["class"], markdown(proof))
+        print(f"wrote {options.page}")
+    print(summary(proof))
+    fallen = [c["name"] for c in proof.controls if c["held"] is False]
+    print(f"{len(fallen)} of {len(proof.controls)} controls did not hold" if fallen else "every control that was tried held")
+    return ExitCode.WRONG if fallen else ExitCode.OK
+
+
+def _measured(options, injected: Sequence[Injected], progress: Progress) -> Run:
+    cases = [case for item in injected for case in item.cases]
+    policy = policy_of_session(options.blocks)
+    settings = Settings(options.budget, options.threads, policy, options.device, options.seed, first_look_share=1.0)
+    path = options.session
+    resume = Run.load(path) if path and os.path.exists(path) else None
+    race = Race(cases, settings, progress, save=lambda run: run.save(path) if path else None, resume=resume)
+    run = race.execute()
+    progress.done()
+    return run
+
+
+def _missing(run: Run, injected: Sequence[Injected], sessions: Sequence[Session]) -> dict[str, str]:
+    """Cases without a session, and why."""
+    missing = {}
+    for item in injected:
+        if item.plain.id not in {s.case for s in sessions}:
+            records = [run.records[case.id] for case in item.cases]
+            reasons = [r.error or r.scout.get("reason") for r in records if not r.ready]
+            missing[item.plain.id] = reasons[0] if reasons else "no block in which nothing was disturbed"
+    return missing
+
+
+def _tried(controls: Sequence[Control], threads: int, progress: Progress) -> list[dict[str, Any]]:
+    outcomes: list[Outcome] = []
+    for outcome in run_controls(controls, threads):
+        outcomes.append(outcome)
+        progress.line(f"control {len(outcomes)} of {len(controls)}: {outcome.name}: exit {outcome.exit}")
+    return [outcome.as_dict() for outcome in outcomes]
+
+
+def _say(options, injected: Sequence[Injected], controls: Sequence[Control]) -> int:
+    print(f"{options.blocks} blocks of these, {options.threads} threads, {duration(options.budget)} at most:")
+    for item in injected:
+        slowed = ", ".join(f"+{100 * x:g} %" for x in item.slowed)
+        print(f"  {item.plain.id}" + (f", and with work repeated: {slowed}" if slowed else ""))
+    print("then these controls:")
+    for control in controls:
+        print(f"  {control.name}: python -m {' '.join(control.arguments)}")
+    return ExitCode.OK
