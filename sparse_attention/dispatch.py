@@ -6,16 +6,18 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from sparse_attention.cost import Cost, cost, count
+from sparse_attention.lanes import lane_pairs
 from sparse_attention.layout import Layout, layout
 from sparse_attention.patterns.base import Pattern
 from sparse_attention.patterns.window import Causal, Dense
+from sparse_attention.rates import Crossing, Table, table
 from sparse_attention.rows import Rows, rows
 
 IMPLS = ("auto", "tile", "gather", "dense", "reference")
-LANES = 16  # query rows that the tile engine handles at once; a tile with fewer pays for this many
 GATHER_PAIRS = 1 << 27  # a row table larger than this (1 GB with its transpose) is never chosen for the caller
 
 
@@ -37,35 +39,20 @@ class Sizes(NamedTuple):
         return cls(batch, heads, k.shape[1], q_len, k.shape[2], head_dim, q.dtype, q.device.type)
 
 
-class Rate(NamedTuple):
-    """Time of one engine on one thread: call + rows * row + pairs * (pair + head_dim * element), in nanoseconds."""
+class Work(NamedTuple):
+    """What an engine's rate multiplies: query rows, pairs as the engine counts them, and elements of a mask."""
 
-    call: float
-    row: float
-    pair: float
-    element: float
-
-    def time(self, rows: int, pairs: int, head_dim: int) -> float:
-        return self.call + rows * self.row + pairs * (self.pair + head_dim * self.element)
-
-
-# Fitted on one core of an AMD EPYC 9004 (Zen 4, AVX-512), float32, torch 2.13, head_dim 64 and 128, 1 to 1,024 queries. Only
-# ratios matter. `tile` counts the pairs of the lanes it runs, `gather` allowed pairs, `dense` what SDPA computes.
-RATES = {
-    "tile": Rate(call=2_200, row=60, pair=0.2, element=0.040),
-    "gather": Rate(call=2_300, row=42, pair=0.4, element=0.085),
-    "dense": Rate(call=7_000, row=60, pair=0.0, element=0.0485),
-}
-PARTIAL = 0.6  # share of a partial tile that is computed: both triangles of a window's edges, in steps of 16 lanes
-MASK = 0.6  # nanoseconds that SDPA spends on each element of a mask
+    rows: int
+    pairs: int
+    masked: int = 0
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
     """How one pattern runs at one set of sizes.
 
-    impl: "tile", "gather", "dense" or "reference". why: the reason in words. estimates: expected nanoseconds on one thread of
-    each engine that was considered. Tables are made when first asked for and kept.
+    impl: "tile", "gather", "dense" or "reference". why: the reason in words. estimates: expected nanoseconds of each engine that
+    was considered. Tables are made when first asked for and kept.
     """
 
     pattern: Pattern
@@ -114,9 +101,13 @@ class Plan:
         return "\n".join(lines)
 
 
-@lru_cache(maxsize=512)
 def plan(pattern: Pattern, sizes: Sizes, impl: str = "auto") -> Plan:
     """The plan of a call. Sizes that the pattern cannot apply to, and an engine that cannot run them, raise ValueError."""
+    return _plan(pattern, sizes, impl, torch.get_num_threads())
+
+
+@lru_cache(maxsize=512)
+def _plan(pattern: Pattern, sizes: Sizes, impl: str, threads: int) -> Plan:
     pattern.check(sizes.q_len, sizes.kv_len, sizes.heads)
     if impl not in IMPLS:
         raise ValueError(f"impl is {impl!r}; expected one of {', '.join(IMPLS)}")
@@ -127,7 +118,7 @@ def plan(pattern: Pattern, sizes: Sizes, impl: str = "auto") -> Plan:
         return Plan(pattern, sizes, impl, "asked for", {})
     if obstacle:
         return Plan(pattern, sizes, "dense", obstacle, {})
-    return _cheapest(pattern, sizes)
+    return choose(pattern, sizes, threads, table(sizes.device))
 
 
 def engine_obstacle(sizes: Sizes) -> str | None:
@@ -139,27 +130,61 @@ def engine_obstacle(sizes: Sizes) -> str | None:
     return None
 
 
-def _cheapest(pattern: Pattern, sizes: Sizes) -> Plan:
-    estimates = {"dense": _dense_time(pattern, sizes)}
-    q_rows = sizes.batch * sizes.heads * sizes.q_len
-    pairs, full, partial = count(pattern, sizes.q_len, sizes.kv_len, sizes.heads)
-    lanes = min(64, -(-sizes.q_len // LANES) * LANES)
-    lane_pairs = sizes.batch * int(full + PARTIAL * partial) * min(64, sizes.kv_len) * lanes
-    estimates["tile"] = RATES["tile"].time(q_rows, lane_pairs, sizes.head_dim)
+def choose(pattern: Pattern, sizes: Sizes, threads: int, known: Table) -> Plan:
+    """The plan that `known` suggests: what was measured of this very pattern where that is clear, else what counted work says."""
+    dtype = str(sizes.dtype).removeprefix("torch.")
+    of_threads, rates = known.rates_for(threads, dtype)
+    estimates = {engine: rates[engine].time(*w, sizes.head_dim) for engine, w in work(pattern, sizes).items()}
+    ordered = sorted(estimates.items(), key=lambda item: item[1])
+    counted = ", ".join(f"{engine} {t / 1e3:,.0f} us" for engine, t in ordered)
+    counted = f"by counted work on {of_threads} thread{'s' * (of_threads > 1)} ({counted})"
+    crossing = _crossing(pattern, sizes, dtype, threads, known)
+    winner = crossing and crossing.winner(sizes.q_len)
+    if winner is None:
+        why = f"cheapest {counted}"
+        if crossing and crossing.low and crossing.high:
+            why = f"too close to call when measured ({_measured(crossing, known)}); {why}"
+        return Plan(pattern, sizes, ordered[0][0], why, estimates)
+    measured = f"{winner} was faster when measured ({_measured(crossing, known)})"
+    if winner == "dense":
+        return Plan(pattern, sizes, "dense", measured, estimates)
+    best = next(engine for engine, _ in ordered if engine != "dense")
+    return Plan(pattern, sizes, best, f"{measured}; the cheapest such engine {counted}", estimates)
+
+
+def work(pattern: Pattern, sizes: Sizes) -> dict[str, Work]:
+    """What each engine would do for these sizes; no "gather" where its tables would be too large."""
+    rows = sizes.batch * sizes.heads * sizes.q_len
+    pairs, _, _ = count(pattern, sizes.q_len, sizes.kv_len, sizes.heads)
+    lanes = lane_pairs(pattern, sizes.q_len, sizes.kv_len, sizes.heads)
+    found = {"dense": _dense_work(pattern, sizes, rows), "tile": Work(rows, sizes.batch * lanes)}
     if pairs <= GATHER_PAIRS:
-        estimates["gather"] = RATES["gather"].time(q_rows, sizes.batch * pairs, sizes.head_dim)
-    best = min(estimates, key=estimates.get)
-    others = ", ".join(f"{name} {t / 1e3:,.0f} us" for name, t in sorted(estimates.items(), key=lambda x: x[1]))
-    return Plan(pattern, sizes, best, f"cheapest by counted work on one thread ({others})", estimates)
+        found["gather"] = Work(rows, sizes.batch * pairs)
+    return found
 
 
-def _dense_time(pattern: Pattern, sizes: Sizes) -> float:
-    q_rows = sizes.batch * sizes.heads * sizes.q_len
+def _dense_work(pattern: Pattern, sizes: Sizes, rows: int) -> Work:
+    if isinstance(pattern, Causal) and sizes.q_len == sizes.kv_len:
+        return Work(rows, sizes.batch * sizes.heads * _causal_pairs(sizes.q_len))
     pairs = sizes.batch * sizes.heads * max(sizes.q_len, 4) * sizes.kv_len  # one query costs SDPA as much as four
-    causal = isinstance(pattern, Causal) and sizes.q_len == sizes.kv_len
-    if causal and sizes.q_len >= 1024:
-        pairs //= 2  # SDPA skips what lies above the diagonal in steps of its own large blocks
-    rate = RATES["dense"]
-    if not causal and not isinstance(pattern, Dense):
-        rate = rate._replace(pair=rate.pair + MASK)
-    return rate.time(q_rows, pairs, sizes.head_dim)
+    return Work(rows, pairs, masked=0 if isinstance(pattern, Dense) else pairs)
+
+
+def _causal_pairs(length: int) -> int:
+    """What SDPA computes of a causal square on CPU: for each block of queries, blocks of 512 keys up to the diagonal."""
+    block = 256 if length >= 768 else 64 if length >= 192 else 32
+    stop = np.minimum(np.arange(block, length + block, block), length)
+    return int((np.diff(stop, prepend=0) * np.minimum(-(-stop // 512) * 512, length)).sum())
+
+
+def _crossing(pattern: Pattern, sizes: Sizes, dtype: str, threads: int, known: Table) -> Crossing | None:
+    """What was measured of this pattern; as many queries as keys, and no grouped heads, were all that was."""
+    if sizes.q_len != sizes.kv_len or sizes.heads != sizes.kv_heads or not known.crossings:
+        return None
+    return known.crossing(repr(pattern), dtype, sizes.head_dim, threads, sizes.batch * sizes.heads)
+
+
+def _measured(crossing: Crossing, known: Table) -> str:
+    facts = [f"dense up to {crossing.low:,}"] if crossing.low else []
+    facts += [f"sparse from {crossing.high:,}"] if crossing.high else []
+    return f"{', '.join(facts)} positions; {known.source}"
