@@ -37,7 +37,8 @@ def of_study(path: str | os.PathLike) -> list[Curve]:
     """The curves of a stored study; none where the file is a plain run."""
     with open(path) as f:
         data = json.load(f)
-    return [_of_dict(entry) for entry in data.get("crossings") or []]
+    found = [_of_dict(entry) for entry in data.get("crossings") or []]
+    return [curve for curve in found if sum(probe.speedup is not None for probe in curve.crossing.probes) > 1]
 
 
 def of_run(run: Run, results: Sequence[Result]) -> list[Curve]:

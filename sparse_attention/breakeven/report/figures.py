@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from ..power import Power, PowerPoint
 from ..table import seconds
 from ..verdict import Verdict
+from .axes import WIDTH, apart, canvas, count, decades, share, si, speedup_axis, spread, ticks
 from .curves import DENSITY, Curve
 from .history import Series
 from .roofline import Roofline
-from .svg import COLOURS, SERIES, SETTINGS, render
+from .svg import COLOURS, SERIES, render
 
-WIDTH, HEIGHT = 358, 240  # CSS pixels: what a phone of 390 shows
-_INK, _MUTED, _GRID, _SURFACE = (COLOURS[name] for name in ("ink", "muted", "grid", "surface"))
+_INK, _MUTED, _SURFACE = COLOURS["ink"], COLOURS["muted"], COLOURS["surface"]
+MOST_CURVES = len(SERIES)
 
 
 @dataclass(frozen=True)
@@ -31,18 +32,19 @@ def curve(found: Curve, key: str) -> Picture:
     """Speedup against length or density, with the band of its intervals and the crossing."""
     probes = [p for p in found.crossing.probes if p.speedup is not None]
     sizes = [p.size for p in probes]
-    figure, axes = _canvas()
+    figure, axes = canvas()
     axes.set_xscale("log")
-    _speedups(axes, [1.0] + [p.low for p in probes] + [p.high for p in probes])
+    speedup_axis(axes, [1.0] + [p.low for p in probes] + [p.high for p in probes])
     low, high = found.crossing.interval
     if low is not None:
         axes.axvspan(low, high, color=COLOURS["unsure"], alpha=0.22, linewidth=0)
     if found.crossing.estimate is not None:
         axes.axvline(found.crossing.estimate, color=COLOURS["unsure"], linewidth=1.5)
-    axes.fill_between(sizes, [p.low for p in probes], [p.high for p in probes], color=COLOURS["candidate"], alpha=0.2, linewidth=0)
+    lows, highs = [p.low for p in probes], [p.high for p in probes]
+    axes.fill_between(sizes, lows, highs, color=COLOURS["candidate"], alpha=0.2, linewidth=0)
     axes.plot(sizes, [p.speedup for p in probes], "o-", color=COLOURS["candidate"], linewidth=2, markersize=5, gid="probes")
-    write = _share if found.axis == DENSITY else _count
-    _ticks(axes.xaxis, _spread(sizes, 5), (lambda v: f"{100 * v:.2g} %") if found.axis == DENSITY else _count)
+    write = share if found.axis == DENSITY else count
+    ticks(axes.xaxis, spread(sizes, 5), (lambda v: f"{100 * v:.2g} %") if found.axis == DENSITY else count)
     axes.set_xlabel("share of the pairs that are kept" if found.axis == DENSITY else "length", loc="right")
     rows = tuple(
         (write(p.size), f"{p.speedup:.2f}x", f"{p.low:.2f} to {p.high:.2f}", str(p.blocks), _WORDS.get(p.verdict, "close to 1"))
@@ -60,7 +62,7 @@ _WORDS = {Verdict.PASS: "faster", Verdict.FAIL: "slower"}
 def roofline(found: Roofline, key: str) -> Picture:
     """Useful FLOP/s against useful FLOPs a byte: candidates, the baselines' rate for the same work, and the ceilings."""
     spots = found.spots
-    figure, axes = _canvas(height=300, above=28)
+    figure, axes = canvas(height=300, above=28)
     axes.set_xscale("log")
     axes.set_yscale("log")
     x = [s.intensity for s in spots]
@@ -81,27 +83,27 @@ def roofline(found: Roofline, key: str) -> Picture:
         markerfacecolor=_SURFACE, markeredgecolor=COLOURS["baseline"], gid="baselines",
     )  # fmt: skip
     axes.plot(x, [s.rate for s in spots], "o", **style, color=COLOURS["candidate"], gid="candidates")
-    _ticks(axes.xaxis, _decades(left, right), lambda v: f"{v:g}")
-    _ticks(axes.yaxis, _decades(*axes.get_ylim()), lambda v: _si(v).strip(), gap=11)
+    ticks(axes.xaxis, decades(left, right), lambda v: f"{v:g}")
+    ticks(axes.yaxis, decades(*axes.get_ylim()), lambda v: si(v).strip(), gap=11)
     axes.set_xlabel("useful FLOPs for each byte", loc="right")
     axes.set_title("useful FLOP/s", loc="left", x=-32 / (WIDTH - 56), fontsize=12, color=_MUTED)
     rows = tuple(
         (
             s.id,
             f"{s.intensity:.3g}",
-            f"{_si(s.rate)}FLOP/s",
-            f"{_si(s.baseline_rate)}FLOP/s" if s.baseline_rate else "-",
-            f"{_si(s.bytes_per_s)}B/s",
-            f"{100 * share:.0f} %" if (share := found.share(s)) else "-",
+            f"{si(s.rate)}FLOP/s",
+            f"{si(s.baseline_rate)}FLOP/s" if s.baseline_rate else "-",
+            f"{si(s.bytes_per_s)}B/s",
+            f"{100 * found.share(s):.0f} %" if found.share(s) else "-",
         )
         for s in spots
     )
     tips = {
         "candidates": [f"{row[0]}: {row[2]}" for row in rows],
-        "baselines": [f"{s.id}, baseline: {_si(s.baseline_rate)}FLOP/s of the same work" for s in rivals],
+        "baselines": [f"{s.id}, baseline: {si(s.baseline_rate)}FLOP/s of the same work" for s in rivals],
     }
     best = max(spots, key=lambda s: s.rate)
-    finding = f"{_si(best.rate)}FLOP/s of useful work at best, in {best.id}"
+    finding = f"{si(best.rate)}FLOP/s of useful work at best, in {best.id}"
     if found.share(best):
         finding += f": {100 * found.share(best):.0f} % of what the machine allows there"
     title = f"Roofline{f', {found.dtype}' if found.dtype else ''}"
@@ -114,8 +116,8 @@ def history(found: Series, key: str) -> Picture:
     """Speedup run after run, with the mean of each level and a mark at each step."""
     points = found.points
     x = range(len(points))
-    figure, axes = _canvas()
-    _speedups(axes, [p.low for p in points] + [p.high for p in points])
+    figure, axes = canvas()
+    speedup_axis(axes, [p.low for p in points] + [p.high for p in points])
     axes.set_xlim(-0.7, len(points) - 0.3)
     axes.vlines(x, [p.low for p in points], [p.high for p in points], color=COLOURS["candidate"], alpha=0.35, linewidth=2)
     stored = len(points) - found.open
@@ -130,17 +132,18 @@ def history(found: Series, key: str) -> Picture:
     low, high = axes.get_ylim()
     if found.floor != 1.0 and low <= found.floor <= high:
         axes.axhline(found.floor, color=_INK, linewidth=1, linestyle=(0, (1, 2)))
-        axes.annotate("floor", (len(points) - 0.4, found.floor), (0, 3), textcoords="offset points", ha="right", color=_MUTED)
+        place = {"xytext": (0, 3), "textcoords": "offset points", "ha": "right"}
+        axes.annotate("floor", (len(points) - 0.4, found.floor), **place, color=_MUTED, fontsize=10)
     for step in found.steps:
         colour = COLOURS["good" if step.speedup > 1 else "bad"]
         axes.axvline(step.index - 0.5, color=colour, linewidth=1.5, linestyle=(0, (3, 2)))
         right = step.index > len(points) / 2
         axes.annotate(
             f"{100 * (step.speedup - 1):+.0f} %", (step.index - 0.5, 1), (-5 if right else 5, 9), xycoords=("data", "axes fraction"),
-            textcoords="offset points", ha="right" if right else "left", va="top", color=colour, fontweight="bold",
+            textcoords="offset points", ha="right" if right else "left", va="top", color=colour, fontweight="bold", fontsize=11,
         )  # fmt: skip
     shown = sorted({0, len(points) - 1, *(step.index for step in found.steps)})
-    _ticks(axes.xaxis, _apart(shown, len(points) / 4.5), lambda i: points[round(i)].label)
+    ticks(axes.xaxis, apart(shown, len(points) / 4.5), lambda i: points[round(i)].label)
     rows = tuple(
         (p.label, p.time[:10], f"{p.speedup:.2f}x", f"{p.low:.2f} to {p.high:.2f}", seconds(p.baseline_s), seconds(p.candidate_s))
         for p in points
@@ -154,11 +157,11 @@ def history(found: Series, key: str) -> Picture:
 
 
 def power(found: Power, key: str) -> Picture:
-    """Share of slowdowns found against their size, for as many curves as there are colours; at 0 they are false alarms."""
-    curves = dict(list(found.curves().items())[: len(SERIES)])
+    """Share of slowdowns found against their size, for at most MOST_CURVES curves; at 0 they are false alarms."""
+    curves = found.curves()
     points = [p for curve in curves.values() for p in curve]
     most = 100 * max(max(p.slowdown for p in points), 0.01)
-    figure, axes = _canvas(height=280)
+    figure, axes = canvas(height=280)
     axes.set_ylim(-4, 108)
     axes.set_xlim(-0.05 * most, 1.05 * most)
     axes.axhline(95, color=_MUTED, linewidth=1, linestyle=(0, (3, 2)))
@@ -167,22 +170,24 @@ def power(found: Power, key: str) -> Picture:
         colour = COLOURS[SERIES[number]]
         x = [100 * p.slowdown + (number - (len(curves) - 1) / 2) * 0.011 * most for p in curve]
         axes.vlines(x, [100 * p.low for p in curve], [100 * p.high for p in curve], color=colour, alpha=0.4, linewidth=2)
-        axes.plot(x, [100 * p.share for p in curve], "o-", color=colour, linewidth=1.3, markersize=3.5, label=_short(name), gid=f"curve{number}")
+        shares = [100 * p.share for p in curve]
+        axes.plot(x, shares, "o-", color=colour, linewidth=1.3, markersize=3.5, label=_short(name), gid=f"curve{number}")
         tips[f"curve{number}"] = [f"{name}, {100 * p.slowdown:.3g} % slower: {_share_words(p)}" for p in curve]
     axes.legend(
-        loc="lower right", frameon=False, labelcolor=_INK, fontsize=10, handlelength=1.2, labelspacing=0.25, borderpad=0, bbox_to_anchor=(1, 0.04),
+        loc="lower right", bbox_to_anchor=(1, 0.04), frameon=False, labelcolor=_INK, fontsize=10, handlelength=1.2,
+        labelspacing=0.25, borderpad=0,
     )  # fmt: skip
-    _ticks(axes.yaxis, [0, 50, 95], lambda v: f"{v:.0f} %", gap=11)
-    _ticks(axes.xaxis, _apart(sorted({100 * p.slowdown for p in points}), most / 9), lambda v: f"{v:.3g} %")
+    ticks(axes.yaxis, [0, 50, 95], lambda v: f"{v:.0f} %", gap=11)
+    ticks(axes.xaxis, apart(sorted({100 * p.slowdown for p in points}), most / 9), lambda v: f"{v:.3g} %")
     axes.set_xlabel("slowdown", loc="right")
     rows = tuple(
-        (name, f"{100 * p.slowdown:.3g} %", str(p.runs), str(p.caught), f"{100 * p.share:.1f} %", f"{100 * p.low:.1f} to {100 * p.high:.1f} %")
+        (name, f"{100 * p.slowdown:.3g} %", str(p.runs), str(p.caught), _share_words(p))
         for name, curve in curves.items()
         for p in curve
     )
     title, finding = _gate_words(found), _power_words(curves)
     svg = render(figure, key, f"Power of the gate: {title}", f"{finding}.", tips)
-    return Picture(title, finding, svg, ("", "slowdown", "gates", "found", "share", "95 % interval"), rows)
+    return Picture(title, finding, svg, ("", "slowdown", "gates", "found", "share (95 % interval)"), rows)
 
 
 def _gate_words(found: Power) -> str:
@@ -217,41 +222,6 @@ def _short(name: str, most: int = 30) -> str:
     return name if len(name) <= most else f"{name[: most // 2 - 1]}…{name[-most // 2 :]}"
 
 
-def _canvas(height: int = HEIGHT, above: int = 12):
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(SETTINGS):
-        figure = Figure(figsize=(WIDTH / 72, height / 72))
-        axes = figure.add_axes((44 / WIDTH, 44 / height, (WIDTH - 56) / WIDTH, (height - 44 - above) / height))
-        axes.grid(axis="y", linewidth=1)
-    return figure, axes
-
-
-def _speedups(axes, values: Sequence[float]) -> None:
-    """A logarithmic axis of speedups; break-even is drawn where it lies on it."""
-    finite = [v for v in values if 0 < v < math.inf] or [1.0]
-    room = max((max(finite) / min(finite)) ** 0.1, 1.04)
-    low, high = min(finite) / room, max(finite) * room
-    axes.set_yscale("log")
-    axes.set_ylim(low, high)
-    if low <= 1.0 <= high:
-        axes.axhline(1.0, color=_MUTED, linewidth=1.5)
-    _ticks(axes.yaxis, _levels(low, high), lambda v: f"{v:.3g}x", gap=11)
-
-
-def _levels(low: float, high: float, most: int = 7) -> list[float]:
-    """At most `most` round speedups: evenly apart where the range is narrow, powers of two or four where it is wide."""
-    for digits in range(-3, 3) if high / low < 4 else ():
-        for step in (m * 10.0**digits for m in (1, 2, 5)):
-            found = [round(n * step, 3) for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
-            if len(found) <= most:
-                return found
-    exponents = range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)
-    stride = math.ceil(len(exponents) / most)
-    return [2.0**n for n in exponents if n % stride == 0]
-
-
 def _ceilings(axes, found: Roofline, left: float, right: float) -> None:
     if found.bytes_per_s:
         knee = min(right, found.flops_per_s / found.bytes_per_s) if found.flops_per_s else right
@@ -260,57 +230,6 @@ def _ceilings(axes, found: Roofline, left: float, right: float) -> None:
         start = max(left, found.flops_per_s / found.bytes_per_s) if found.bytes_per_s else left
         axes.plot([start, right], [found.flops_per_s] * 2, color=_MUTED, linewidth=1.5)
         axes.annotate(
-            f"{_si(found.flops_per_s)}FLOP/s measured", (right, found.flops_per_s), (0, 5),
-            textcoords="offset points", ha="right", va="bottom", color=_MUTED,
+            f"{si(found.flops_per_s)}FLOP/s measured", (right, found.flops_per_s), (0, 5),
+            textcoords="offset points", ha="right", va="bottom", color=_MUTED, fontsize=10,
         )  # fmt: skip
-
-
-def _ticks(axis, values: Sequence[float], write, gap: float = 4) -> None:
-    from matplotlib.ticker import NullLocator
-
-    axis.set_major_locator(NullLocator())
-    axis.set_minor_locator(NullLocator())
-    axis.set_ticks(list(values), [write(v) for v in values])
-    axis.set_tick_params(pad=gap)
-
-
-def _spread(values: Sequence[float], most: int) -> list[float]:
-    """At most `most` of the ascending values, about evenly apart on a logarithmic axis."""
-    gap = math.log(values[-1] / values[0]) / most if values[-1] > values[0] else 0.0
-    return [math.exp(v) for v in _apart([math.log(v) for v in values], gap)]
-
-
-def _apart(values: Sequence[float], gap: float) -> list[float]:
-    """The last of the ascending values, and before it those that keep `gap` from each other."""
-    kept = [values[-1]]
-    for value in reversed(values[:-1]):
-        if kept[-1] - value >= gap:
-            kept.append(value)
-    return kept[::-1]
-
-
-def _decades(low: float, high: float) -> list[float]:
-    exponents = range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)
-    decades = [10.0**n for n in exponents]
-    if len(decades) >= 2:
-        return decades
-    return [m * 10.0**n for n in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1) for m in (1, 2, 5) if low <= m * 10.0**n <= high]
-
-
-def _count(value: float) -> str:
-    """64, 1.5K, 16K, 1M: powers of two as they are said."""
-    for size, unit in ((1 << 20, "M"), (1 << 10, "K")):
-        if value >= size:
-            return f"{value / size:.3g}{unit}"
-    return f"{value:.3g}"
-
-
-def _share(value: float) -> str:
-    return f"{100 * value:.3g} %"
-
-
-def _si(value: float) -> str:
-    for size, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value:.3g} "

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 
+from ..power import Power
 from . import figures
 from .content import Report
 from .figures import Picture
@@ -67,10 +68,17 @@ def sections(report: Report) -> list[Section]:
         Section(
             "What this gate finds",
             "Share of gates that found a slowdown of known size, with 95 % intervals. At 0 % there is nothing to find: false alarms.",
-            _drawn("power", figures.power, report.history.powers),
+            _drawn("power", figures.power, [part for power in report.history.powers for part in _parts(power)]),
         ),
     ]
 
 
 def _drawn(key: str, draw: Callable[..., Picture], what: Iterable) -> list[Picture]:
     return [draw(item, f"{key}{number}") for number, item in enumerate(what)]
+
+
+def _parts(power: Power) -> list[Power]:
+    """The same with as many curves each as one picture holds."""
+    names = list(power.curves())
+    chunks = [names[n : n + figures.MOST_CURVES] for n in range(0, len(names), figures.MOST_CURVES)]
+    return [replace(power, points=tuple(p for p in power.points if p.curve in chunk)) for chunk in chunks]
