@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
-from . import machine, proof_command, ratchet_command, selftest, table
+from . import machine, proof_command, ratchet_command, selftest, study_command, table
 from .case import Case, select
 from .power import Power, PowerPoint
 from .progress import Progress, Silent, duration
@@ -246,6 +246,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--runs", type=positive, default=400, help="simulated gates for each noise and slowdown")
     ratchet_command.add_command(command, [selecting], _cases, fraction)
     proof_command.add_command(command, seconds, positive)
+    study_command.add_commands(command, seconds, positive, fraction)
     add_reporting(command)
     return parser
 

@@ -49,7 +49,7 @@ class Family:
         return self.sizes if self.wins_at == "large" else self.sizes[::-1]
 
     def case(self, size: float) -> Case:
-        return Case(f"{self.id}/{size:g}", self.build, {**self.args, **{name: size for name in self.axis}})
+        return Case(f"{self.id}/{size:.10g}", self.build, {**self.args, **{name: size for name in self.axis}})
 
 
 def geometric(first: int, last: int, steps: int = 8) -> tuple[int, ...]:
