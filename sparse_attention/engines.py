@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from sparse_attention import dense
@@ -94,7 +95,8 @@ _engines: dict[tuple, Engine] = {}
 
 def engine(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, impl: str) -> Engine:
     """The checked, planned and compiled call for inputs like these; kept, so that the next one costs a dict lookup."""
-    key = (pattern, impl, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device)
+    shapes, dtypes = (q.shape, k.shape, v.shape), (q.dtype, k.dtype, v.dtype)
+    key = (pattern, impl, shapes, dtypes, q.device, k.device, v.device, torch.get_num_threads())
     found = _engines.get(key)
     if found is None:
         check_call(q, k, v, pattern, impl)

@@ -231,5 +231,9 @@ def test_the_wheel_holds_every_package_and_the_sources():
     packages = {".".join(path.parent.relative_to(root).parts) for path in (root / "sparse_attention").rglob("__init__.py")}
     folders = {".".join(("sparse_attention", *path.relative_to(root).parts)) for path in [root / "csrc", root / "csrc" / "cpu"]}
     assert set(settings["packages"]) == packages | folders
-    suffixes = {path.suffix for path in (root / "csrc").rglob("*") if path.is_file()}
-    assert {pattern[1:] for pattern in settings["package-data"]["sparse_attention.csrc.cpu"]} == suffixes
+    sources = [root / "csrc", *(path for path in (root / "csrc").rglob("*") if path.is_dir())]
+    for folder in [*((root / name.replace(".", "/")) for name in packages), *sources]:
+        name = ".".join(folder.relative_to(root).parts)
+        carried = settings["package-data"].get(f"sparse_attention.{name}" if folder in sources else name, [])
+        files = {path for path in folder.iterdir() if path.is_file() and path.suffix not in (".py", ".pyc")}
+        assert files == {path for pattern in carried for path in folder.glob(pattern)}

@@ -64,6 +64,7 @@ def test_import_compiles_nothing_and_loads_little(tmp_path):
 import sys, torch
 before = set(sys.modules)
 import sparse_attention
+sparse_attention.attention
 from sparse_attention import _build
 new = {name.split(".")[0] for name in set(sys.modules) - before}
 heavy = {"torch._dynamo", "torch._inductor", "torch.utils.cpp_extension", "setuptools"} & (set(sys.modules) - before)
