@@ -47,7 +47,7 @@ race("dilated256x4/16k", "Dilated(256, 4)", LONG, floor=12.6)
 race("multiscale256/16k", "MultiScale(256)", LONG)
 race("logsparse/16k", "LogSparse()", LONG, impl="gather", floor=40.0)
 race("bigbird/16k", "BigBird()", LONG, causal=False)
-race("longformer256/16k", "Longformer(256, (0,))", LONG, causal=False)
+race("longformer256/16k", "Longformer(256, 1)", LONG, causal=False)
 race("window256/16k/backward", "SlidingWindow(256)", LONG, direction="backward", floor=11.0)
 race("window256/1k", "SlidingWindow(256)", shape(4, K, 64))
 race("window256/512", "SlidingWindow(256)", shape(4, 512, 64), tags=("full",))
@@ -68,7 +68,7 @@ for window, floor in ((256, 3.0), (1024, 2.5)):
     )
 
 # The engine's rate in visited tiles, against its own on a plain causal call.
-for name, pattern in (("multiscale256", "MultiScale(256)"), ("bigbird", "BigBird()"), ("longformer256", "Longformer(256, (0,))")):
+for name, pattern in (("multiscale256", "MultiScale(256)"), ("bigbird", "BigBird()"), ("longformer256", "Longformer(256, 1)")):
     sizes = shape(4, 4 * K, 64)
     add(f"{name}/4k/tile-rate", "tile_rate", {"pattern": pattern, **sizes}, floor=0.6, share="causal tiles 4k")
 
@@ -80,7 +80,7 @@ race("gemma-3-4b/window1024/8k/1of4", "SlidingWindow(1024)", shape(2, 8 * K, 256
 race("gemma-3-4b/window1024/8k", "SlidingWindow(1024)", shape(8, 8 * K, 256, kv_heads=4), tags=("full",))
 race("gpt-oss/window128/8k/1of8", "SlidingWindow(128)", shape(8, 8 * K, 64, kv_heads=1))
 race("gpt-oss/window128/8k", "SlidingWindow(128)", shape(64, 8 * K, 64, kv_heads=8), tags=("full",))
-race("longformer-base/4k", "Longformer(256, (0,))", shape(12, 4 * K, 64), causal=False)
+race("longformer-base/4k", "Longformer(256, 1)", shape(12, 4 * K, 64), causal=False)
 race("bigbird-base/4k", "BigBird(block=64, window=3, globals=2, random=3)", shape(12, 4 * K, 64), causal=False)
 race("sparse-transformer/cifar10/strided128/3k", "Strided(128)", shape(2, 3 * K, 128))
 race("sparse-transformer/enwik8/fixed128/12k/2of8", "Fixed(128, 32)", shape(2, 12 * K, 64))
@@ -89,7 +89,7 @@ for name, heads, length, segments, tags in (
     ("longnet/8k/2of12", 2, 8 * K, [2048, 4096, 8192], ()),
     ("longnet/32k", 12, 32 * K, [2048, 4096, 8192, 16384, 32768], ("full",)),
 ):
-    dilations = [1, 2, 4, 6, 12][: len(segments)]
+    dilations = [1, 2, 4, 8, 16][: len(segments)]
     add(name, "segments", {"segments": segments, "dilations": dilations, **shape(heads, length, 64)}, tags=tags)
 
 # The ladder: a window of a sixteenth of the context, up to 4,096.

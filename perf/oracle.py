@@ -7,9 +7,9 @@ import os
 import numpy as np
 import torch
 
-from sparse_attention.patterns import Lengths, Pattern
+from sparse_attention.patterns import Causal, Lengths, Pattern
 
-ROWS = 16
+ROWS = 12
 
 
 class Oracle:
@@ -21,77 +21,99 @@ class Oracle:
     def __init__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern):
         self.q, self.k, self.v, self.pattern = q, k, v, pattern
         self.lengths = Lengths(q.shape[2], k.shape[2])
-        self.scale = q.shape[3] ** -0.5
+        self.heads = range(q.shape[1])
         self._random = np.random.default_rng(os.getpid())
 
     def check(self, out: torch.Tensor) -> None:
         """AssertionError unless `out` is the attention of the pattern."""
         assert out.shape == (*self.q.shape[:3], self.v.shape[3]), f"the output has shape {tuple(out.shape)}"
         assert torch.isfinite(out).all(), "the output is not finite everywhere"
-        rows = self._draw(self.lengths.q_len)
-        exact = self.probabilities(rows, torch.float64) @ self._grouped(self.v, torch.float64)
-        plain = self.probabilities(rows, self.q.dtype) @ self._grouped(self.v, self.q.dtype)
+        rows = self._rows()
+        seen = self.seen(rows)
+        exact, plain = (_Rows(self, rows, seen, dtype).out for dtype in (torch.float64, self.q.dtype))
         _compare("row", rows, out[:, :, rows], exact, plain)
 
     def check_gradients(self, gradients: tuple[torch.Tensor, ...], dout: torch.Tensor) -> None:
-        """AssertionError unless (dq, dk, dv) are the gradients for `dout`; dk and dv in two neighbouring columns."""
+        """AssertionError unless (dq, dk, dv) are the gradients for `dout`; dk and dv for two neighbouring keys.
+
+        For as many heads in k and v as in q.
+        """
         for name, gradient in zip(("dq", "dk", "dv"), gradients):
             assert torch.isfinite(gradient).all(), f"{name} is not finite everywhere"
-        rows = self._draw(self.lengths.q_len)
-        exact, plain = (self._dq(rows, dout, dtype) for dtype in (torch.float64, self.q.dtype))
+        rows = self._rows()
+        seen = self.seen(rows)
+        exact, plain = (_Rows(self, rows, seen, dtype).dq(dout) for dtype in (torch.float64, self.q.dtype))
         _compare("dq row", rows, gradients[0][:, :, rows], exact, plain)
-        column = int(self._random.integers(self.lengths.kv_len - 1))
-        columns = torch.tensor([column, column + 1])
-        exact, plain = (self._dk_dv(columns, dout, dtype) for dtype in (torch.float64, self.q.dtype))
+        key = int(self._random.integers(self.lengths.kv_len - 1))
+        keys = torch.tensor([key, key + 1])
+        i = torch.arange(self.lengths.q_len)[:, None] + self.lengths.offset
+        seeing = [self.pattern.for_head(h).allows(i, keys[None], self.lengths).any(1) for h in self.heads]
+        rows = torch.stack(seeing).any(0).nonzero().squeeze(1)
+        seen = self.seen(rows)
+        exact, plain = (_Rows(self, rows, seen, dtype).dk_dv(dout, keys) for dtype in (torch.float64, self.q.dtype))
         for name, got, right, usual in zip(("dk", "dv"), gradients[1:], exact, plain):
-            _compare(f"{name} row", columns, got[:, :, columns], right, usual)
+            _compare(f"{name} row", keys, got[:, :, keys], right, usual)
 
-    def probabilities(self, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Softmax rows, [batch, heads, rows, kv_len]; a row that sees nothing is 0."""
-        scores = self.q[:, :, rows].detach().to(dtype) @ self._grouped(self.k, dtype).transpose(-1, -2) * self.scale
-        seen = self._seen(rows)
-        return torch.softmax(scores.masked_fill(~seen, float("-inf")), -1).masked_fill(~seen, 0.0)
-
-    def _dq(self, rows, dout, dtype):
-        p, dp = self._p_dp(rows, dout, dtype)
-        ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * self.scale
-        return ds @ self._grouped(self.k, dtype)
-
-    def _dk_dv(self, columns, dout, dtype):
-        i = torch.arange(self.lengths.q_len) + self.lengths.offset
-        seeing = torch.stack([self.pattern.for_head(h).allows(i[:, None], columns, self.lengths) for h in self._heads])
-        rows = seeing.any(-1).any(0).nonzero().squeeze(1)
-        p, dp = self._p_dp(rows, dout, dtype)
-        ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * self.scale
-        dk = ds[..., columns].transpose(-1, -2) @ self.q[:, :, rows].detach().to(dtype)
-        dv = p[..., columns].transpose(-1, -2) @ dout[:, :, rows].to(dtype)
-        return dk, dv
-
-    def _p_dp(self, rows, dout, dtype):
-        p = self.probabilities(rows, dtype)
-        return p, dout[:, :, rows].to(dtype) @ self._grouped(self.v, dtype).transpose(-1, -2)
-
-    def _grouped(self, x, dtype):
-        x = x.detach().to(dtype)
-        group = self.q.shape[1] // x.shape[1]
-        return x if group == 1 else x.repeat_interleave(group, 1)
-
-    def _seen(self, rows):
+    def seen(self, rows: torch.Tensor) -> torch.Tensor:
+        """How often each row sees each key, [heads, rows, kv_len]."""
         i, j = rows[:, None] + self.lengths.offset, torch.arange(self.lengths.kv_len)[None]
         variants = {}
-        for head in self._heads:
+        for head in self.heads:
             one = self.pattern.for_head(head)
             if one not in variants:
                 variants[one] = one.allows(i, j, self.lengths).expand(len(rows), self.lengths.kv_len)
-        return torch.stack([variants[self.pattern.for_head(h)] for h in self._heads])
+        return torch.stack([variants[self.pattern.for_head(h)] for h in self.heads])
 
-    @property
-    def _heads(self):
-        return range(self.q.shape[1])
-
-    def _draw(self, count):
+    def _rows(self):
+        count = self.lengths.q_len
         drawn = self._random.integers(count, size=min(ROWS, count))
         return torch.from_numpy(np.unique(np.concatenate([[0, count - 1], drawn])))
+
+
+class LongNetOracle(Oracle):
+    """For LongNet's levels: a key that a query sees at two levels counts twice."""
+
+    def __init__(self, q, k, v, segments: list[int], dilations: list[int]):
+        super().__init__(q, k, v, Causal())
+        self.levels = list(zip(segments, dilations))
+
+    def seen(self, rows):
+        i, j, head = rows[:, None], torch.arange(self.lengths.kv_len)[None], torch.tensor(self.heads)[:, None, None]
+        counts = 0
+        for segment, dilation in self.levels:
+            reached = (i % dilation == head % dilation) & (j % dilation == head % dilation)
+            counts = counts + (reached & (i // segment == j // segment) & (j <= i)).int()
+        return counts
+
+
+class _Rows:
+    """Some rows of attention in one dtype, over the keys that any of them sees: [batch, heads, rows, keys]."""
+
+    def __init__(self, oracle: Oracle, rows: torch.Tensor, seen: torch.Tensor, dtype: torch.dtype):
+        self.rows, self.dtype, self.scale = rows, dtype, oracle.q.shape[3] ** -0.5
+        self.keys = (seen != 0).any(0).any(0).nonzero().squeeze(1)
+        group = oracle.q.shape[1] // oracle.k.shape[1]
+        self.q = self._cast(oracle.q, rows)
+        self.k, self.v = (self._cast(x, self.keys).repeat_interleave(group, 1) for x in (oracle.k, oracle.v))
+        scores = self.q @ self.k.transpose(-1, -2) * self.scale
+        self.p = torch.softmax(scores + seen[..., self.keys].to(dtype).log(), -1).nan_to_num(0.0)
+        self.out = self.p @ self.v
+
+    def dq(self, dout):
+        return self._ds(dout) @ self.k
+
+    def dk_dv(self, dout, keys):
+        at = torch.searchsorted(self.keys, keys)
+        dk = self._ds(dout)[..., at].transpose(-1, -2) @ self.q
+        return dk, self.p[..., at].transpose(-1, -2) @ self._cast(dout, self.rows)
+
+    def _ds(self, dout):
+        """The gradient of the scores as SDPA's own backward forms it: from the output's product with dout."""
+        dout = self._cast(dout, self.rows)
+        return self.p * (dout @ self.v.transpose(-1, -2) - (dout * self.out).sum(-1, keepdim=True)) * self.scale
+
+    def _cast(self, x, positions):
+        return x.detach()[:, :, positions].to(self.dtype)
 
 
 def _compare(what, positions, got, exact, plain):
