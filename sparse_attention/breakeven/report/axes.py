@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from .svg import COLOURS, SETTINGS
 
@@ -56,18 +56,19 @@ def ticks(axis, values: Sequence[float], write, gap: float = 4) -> None:
 
 
 def spread(values: Sequence[float], most: int) -> list[float]:
-    """At most `most` of the ascending values, about evenly apart on a logarithmic axis."""
-    gap = math.log(values[-1] / values[0]) / most if values[-1] > values[0] else 0.0
-    return [math.exp(v) for v in apart([math.log(v) for v in values], gap)]
+    """The ends of the ascending values and, about evenly between them on a logarithmic axis, at most `most` - 1 more."""
+    gap = math.log(values[-1] / values[0]) / most
+    return apart(values, gap, math.log)
 
 
-def apart(values: Sequence[float], gap: float) -> list[float]:
-    """The last of the ascending values, and before it those that keep `gap` from each other."""
-    kept = [values[-1]]
-    for value in reversed(values[:-1]):
-        if kept[-1] - value >= gap:
+def apart(values: Sequence[float], gap: float, place: Callable[[float], float] = float) -> list[float]:
+    """The ends of the ascending values, and between them those that keep `gap` from the ones before and from the end."""
+    first, last = values[0], values[-1]
+    kept = [first]
+    for value in values[1:-1]:
+        if min(place(value) - place(kept[-1]), place(last) - place(value)) >= gap:
             kept.append(value)
-    return kept[::-1]
+    return kept if last == first else [*kept, last]
 
 
 def decades(low: float, high: float) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import math
 import shlex
 from collections.abc import Mapping, Sequence
@@ -136,19 +137,21 @@ def sentence(found: Sequence[Result], settings: Mapping[str, Any]) -> str:
         if not found:
             return unjudged
     by_verdict = {verdict: [r for r in found if r.verdict is verdict] for verdict in Verdict}
-    count = f"of {len(found)} case{'s' * (len(found) != 1)}"
-    parts = []
     slow = f"slower than {settings['base'][:10]}" if settings.get("base") else "below break-even"
+    parts = []
     for verdict, words in {**_WORDS, Verdict.FAIL: slow}.items():
         of = by_verdict[verdict]
-        if of:
-            parts.append(f"{len(of)} {count} {words}" + (f": {_speedup(of[0])}" if len(of) == 1 and of[0].interval else ""))
-            count = ""
+        if of and parts:
+            parts.append(f"{len(of)} {words}")
+        elif of:
+            plural = "s" * (len(found) != 1)
+            parts.append(f"{len(of)} of {len(found)} case{plural} {words}" + (f": {_speedup(of[0])}" if len(of) == 1 else ""))
     passed = len(by_verdict[Verdict.PASS])
-    if not parts:
-        who = f"all {passed} cases are" if passed > 1 else "the one case is"
-        return f"{who} at or above {'their' if passed > 1 else 'its'} floor" if passed else "nothing was measured"
-    return "; ".join(" ".join(part.split()) for part in parts) + (f"; {passed} pass" if passed else "")
+    if parts:
+        return "; ".join(parts + [f"{passed} pass"] * bool(passed))
+    if not passed:
+        return "nothing was measured"
+    return f"all {passed} cases are at or above their floor" if passed > 1 else "the one case is at or above its floor"
 
 
 _WORDS = {
@@ -177,7 +180,7 @@ def command(run: Run, names: Sequence[str]) -> str:
     for option, value in options.items():
         if value and _DEFAULTS.get(option) != value:
             words += [option, value]
-    return " \\\n    ".join([shlex.join(words), *(shlex.join(["--cases", name]) for name in names)])
+    return " \\\n    ".join([shlex.join(words), *(shlex.join(["--cases", glob.escape(name)]) for name in names)])
 
 
 _DEFAULTS = {"--table": "perf.cases:CASES", "--alpha": "0.01", "--budget": "280s", "--device": "cpu"}
@@ -206,6 +209,8 @@ def _urgency(row: Row) -> tuple[int, float]:
 
 def _speedup(found: Result) -> str:
     seen = found.interval
+    if seen is None:
+        return found.id
     high = "inf" if math.isinf(seen.high) else f"{seen.high:.2f}"
     return f"{found.id}, {seen.speedup:.2f}x [{seen.low:.2f}, {high}] with a floor of {found.floor:.2f}x"
 
