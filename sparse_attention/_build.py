@@ -54,7 +54,8 @@ def kernels() -> ModuleType:
 @functools.cache
 def _load() -> ModuleType:
     path = library()
-    loader = ExtensionFileLoader("sparse_attention._kernels", str(path))
+    # pybind11 gives out a module that it knows by name, whatever the file: another library needs another name.
+    loader = ExtensionFileLoader(f"sparse_attention.{path.stem}._kernels", str(path))
     spec = importlib.util.spec_from_file_location(loader.name, path, loader=loader)
     try:
         module = importlib.util.module_from_spec(spec)
