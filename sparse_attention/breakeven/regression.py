@@ -59,12 +59,7 @@ def pair(build: str, args: Mapping[str, Any], commit: str, folder: str, packages
     """This revision's candidate and, as its only baseline, the base revision's."""
     head = Case("head", build, args).load()
     what = f"base {commit[:10]}"
-    base = _base_workload(build, args, folder, tuple(packages), what)
-    _share_inputs(base.inputs, head.inputs, what)
-    try:
-        sampling.check(base)
-    except sampling.WrongOutput as error:
-        raise Unavailable(f"{what} gives a wrong output: {error}") from error
+    base = _base_workload(build, args, folder, tuple(packages), what, head.inputs)
 
     def refresh(seed):
         head.refresh(seed)
@@ -105,8 +100,11 @@ def _surer(found: Interval) -> Interval:
     return replace(found, low=found.speedup * math.exp(-half), high=found.speedup * math.exp(half), alpha=CHANGED_ALPHA)
 
 
-def _base_workload(build: str, args: Mapping[str, Any], folder: str, packages: tuple[str, ...], what: str) -> Workload:
-    """From this revision's builder over the base's packages; should those lack something it wants, from the base's builder."""
+def _base_workload(build: str, args: Mapping[str, Any], folder: str, packages: tuple[str, ...], what: str, inputs: Sequence[Any]) -> Workload:
+    """From this revision's builder over the base's packages; should those lack what it wants, from the base's own builder.
+
+    Raises Unavailable when neither gives a candidate whose output is right.
+    """
     top = build.split(":")[0].partition(".")[0]
     failures = []
     for label, taken in (("base", packages), ("base_own", (*packages, top))):
@@ -114,10 +112,10 @@ def _base_workload(build: str, args: Mapping[str, Any], folder: str, packages: t
             others = _load(folder, taken, top, label)
             module, function = build.split(":")
             found = getattr(others.module(module), function)(**args)
+            _share_inputs(found.inputs, inputs)
+            sampling.check(found)
             others.require_apart()
             return found
-        except Unavailable:
-            raise
         except Exception as error:
             failures.append(f"{', '.join(sorted({*taken}))} of the base: {sampling.summary(error)}")
     raise Unavailable(f"{what} cannot run it; with " + "; with ".join(failures))
@@ -128,10 +126,10 @@ def _load(folder: str, packages: tuple[str, ...], along: str, label: str) -> rev
     return revision.load(folder, packages, (along,), label)
 
 
-def _share_inputs(base: Sequence[Any], head: Sequence[Any], what: str) -> None:
+def _share_inputs(base: Sequence[Any], head: Sequence[Any]) -> None:
     """Let the base work on the very memory of this revision's inputs, where both are torch tensors."""
     if [_kind(x) for x in base] != [_kind(x) for x in head]:
-        raise Unavailable(f"{what} has other inputs: {[_kind(x) for x in base]} instead of {[_kind(x) for x in head]}")
+        raise ValueError(f"inputs must be alike, got {[_kind(x) for x in base]} and here {[_kind(x) for x in head]}")
     torch = sys.modules.get("torch")
     for theirs, ours in zip(base, head):
         if torch is not None and isinstance(ours, torch.Tensor) and theirs.stride() == ours.stride():

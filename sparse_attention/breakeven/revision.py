@@ -1,9 +1,10 @@
 """Another revision of a package, imported under another name beside the one that is here, in the same process.
 
 Modules of the other revision are compiled from source with every import of the package renamed, in functions too, so that
-none of them reaches this revision's modules. Operators that a package registers with torch in a namespace of its own name
-("package::op", `torch.ops.package`) are renamed likewise. Types that two extension modules bind must be local to each
-(`py::module_local()` with pybind11); operators registered from C++ cannot be loaded twice.
+none of them reaches this revision's modules. So are texts that name its modules ("package.module": pybind11 gives out a module
+that it knows by its name, whatever file is asked for), and operators that it registers with torch in a namespace of its own name
+("package::op", `torch.ops.package`). Types that two extension modules bind must be local to each (`py::module_local()` with
+pybind11); operators registered from C++ cannot be loaded twice.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,6 +27,7 @@ from types import ModuleType
 
 HARNESS = "sparse_attention.breakeven"  # measures both sides: never taken from another revision
 _KEPT_CHECKOUTS = 8
+_MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
 
 class RevisionError(ValueError):
@@ -192,6 +195,8 @@ class _Imports(ast.NodeTransformer):
             space, colons, rest = node.value.partition("::")
             if colons and space in self._names:
                 return ast.copy_location(ast.Constant(self._names[space] + colons + rest), node)
+            if _MODULE.fullmatch(node.value) and renamed(node.value, self._names):
+                return ast.copy_location(ast.Constant(self._new(node.value)), node)
         return node
 
     def visit_Attribute(self, node):
