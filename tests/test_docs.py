@@ -4,6 +4,7 @@ python       runs, all blocks of a page in order and in one namespace
 bash         one command a line: files, modules, subcommands and options must exist; nothing is installed or measured
 console      lines that start with "$ " are such commands, the others are output and are not compared
 console run  the same, but run, and the output compared but for white space; "..." stands for anything
+json, yaml   must parse
 text         output and diagrams: nothing is done
 """
 
@@ -23,12 +24,13 @@ from types import ModuleType
 from typing import NamedTuple
 
 import pytest
+import yaml
 
 import sparse_attention as sa
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-KINDS = ("python", "bash", "console", "console run", "text")
+KINDS = ("python", "bash", "console", "console run", "json", "yaml", "text")
 PATTERNS = [name for name in sa.__all__ if inspect.isclass(getattr(sa, name)) and issubclass(getattr(sa, name), sa.Pattern)]
 PATTERNS.remove("Pattern")
 
@@ -77,6 +79,13 @@ def commands(block: Block) -> list[str]:
 def test_every_block_says_what_it_is():
     strange = [f"{block} is {block.kind!r}" for block in BLOCKS if block.kind not in KINDS]
     assert not strange, f"{strange}; expected one of {KINDS}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_data_blocks_parse(page):
+    for block in blocks_of(page):
+        if block.kind in ("json", "yaml"):
+            assert yaml.safe_load(block.text) is not None, block  # JSON is YAML
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
