@@ -85,7 +85,8 @@ void check(const Tensor& q, const Tensor& k, const Tensor& v) {
   for (const Tensor* x : {&q, &k, &v}) {
     TORCH_CHECK(x->device().is_cpu() && x->scalar_type() == q.scalar_type(), "q, k and v must be CPU tensors of one dtype");
     TORCH_CHECK(x->size(0) == q.size(0) && x->size(3) == q.size(3), "q, k and v must agree in batch and head_dim");
-    TORCH_CHECK(x->stride(3) == 1 || x->size(3) == 1, "the last dimension must be contiguous");
+    TORCH_CHECK(x->stride(3) == 1, "the last dimension must be contiguous");
+    TORCH_CHECK(!x->is_neg(), "q, k and v must not be lazily negated: call .resolve_neg()");
   }
   TORCH_CHECK(k.sizes() == v.sizes(), "k and v must have one shape");
   TORCH_CHECK(k.size(1) > 0 && q.size(1) % k.size(1) == 0, "q's heads must be a multiple of k's");
@@ -104,7 +105,9 @@ struct Result {
 
 Result prepare_forward(const Tensor& q, const Tensor& k, const Tensor& v, double scale, bool out_accumulator) {
   const auto accumulator = q.options().dtype(accumulator_of(q));
-  Tensor out = out_accumulator ? at::empty_like(q, accumulator) : at::empty_like(q);
+  const auto options = out_accumulator ? accumulator : q.options();
+  Tensor out = at::empty_like(q, options);
+  if (out.stride(3) != 1) out = at::empty(q.sizes(), options);  // q's rows overlap
   Tensor lse = at::empty({q.size(0), q.size(1), q.size(2)}, accumulator);
   const ForwardParams params{view(q), view(k), view(v), view(out), lse.data_ptr(), int32_t(q.size(0)), int32_t(q.size(1)),
                              int32_t(k.size(1)), int32_t(q.size(2)), int32_t(k.size(2)), int32_t(q.size(3)), scale,

@@ -59,6 +59,7 @@ def _make_mask(pattern, lengths, heads, dtype, device):
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern, scale: float) -> torch.Tensor:
     """Out alone, differentiable by PyTorch."""
+    q, k, v = _apart(q), _apart(k), _apart(v)
     mask = mask_of(pattern, q.shape[2], k.shape[2], q.shape[1], q.dtype, q.device)
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask.attn_mask, is_causal=mask.is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
@@ -72,6 +73,7 @@ def forward(
     """(out, lse), with no gradient; off the CPU, where SDPA keeps its LSE to itself, by the reference."""
     if q.device.type != "cpu":
         return reference(q, k, v, pattern, scale)
+    q, k, v = _apart(q), _apart(k), _apart(v)
     mask = mask_of(pattern, q.shape[2], k.shape[2], q.shape[1], q.dtype, q.device)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, mask.is_causal, attn_mask=_additive(mask, q.dtype), scale=scale
@@ -95,12 +97,18 @@ def backward(
     """Gradients in q, k and v of what `forward` gave; by the reference off the CPU and where lse has a gradient."""
     if q.device.type != "cpu" or dlse is not None:
         return reference_backward(dout, dlse, q, k, v, pattern, scale)
+    q, k, v = _apart(q), _apart(k), _apart(v)
     mask = mask_of(pattern, q.shape[2], k.shape[2], q.shape[1], q.dtype, q.device)
     if mask.empty is not None:  # exp(score - inf) = 0
         dout, lse = dout.masked_fill(mask.empty.unsqueeze(-1), 0.0), lse.masked_fill(mask.empty, torch.inf)
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         dout, q, k, v, out, lse, 0.0, mask.is_causal, attn_mask=_additive(mask, q.dtype), scale=scale
     )
+
+
+def _apart(x: torch.Tensor) -> torch.Tensor:
+    """`x`, copied if its rows overlap in memory: SDPA on CPU then answers wrongly (torch 2.13)."""
+    return x.contiguous() if 0 < x.stride(2) < x.shape[3] else x
 
 
 def _additive(mask: Mask, dtype: torch.dtype) -> torch.Tensor | None:

@@ -182,6 +182,16 @@ def test_strided_inputs_are_read_in_place(impl):
     torch.testing.assert_close(every_other, expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("impl", ENGINES)
+def test_rows_that_overlap_or_repeat(impl):
+    memory = torch.randn(200)
+    overlapping = memory.as_strided((1, 2, 5, 16), (200, 40, 1, 1))
+    repeated = memory[:16].expand(1, 2, 5, 16)
+    for x in (overlapping, repeated):
+        expected = sa.attention(x.contiguous(), x.contiguous(), x.contiguous(), WINDOW, impl="reference")
+        torch.testing.assert_close(sa.attention(x, x, x, WINDOW, impl=impl), expected, rtol=0, atol=1e-5)
+
+
 def test_out_has_the_strides_of_q():
     q = torch.randn(2, 20, 4, 16).transpose(1, 2)
     for impl in ("tile", "gather"):
