@@ -88,13 +88,12 @@ def calibrate(budget_s: float, progress: Progress, device: str = "cpu") -> dict[
     counts = sorted({1, machine.cores()})
     for number, threads in enumerate(counts):
         share = (budget_s - (time.perf_counter() - start)) / (len(counts) - number)
-        name = f"{threads} thread{'s' * (threads > 1)}"
-        progress.line(f"rates on {name}")
+        progress.line(f"rates on {_threads(threads)}")
         began = time.perf_counter()
         looks = Settings(RATES_SHARE * share, threads, Sequential((RATE_BLOCKS,)), device, first_look_share=1.0)
         fits = measure_rates(looks, progress)
         data["rates"] += [_rates_entry(threads, dtype, of_dtype) for dtype, of_dtype in fits.items()]
-        progress.line(f"break-even lengths on {name}")
+        progress.line(f"break-even lengths on {_threads(threads)}")
         left = share - (time.perf_counter() - began)
         data["crossings"] += measure_crossings(fits, Settings(left, threads, POLICY, device), progress)
     return data
@@ -168,14 +167,13 @@ def report(data: Mapping[str, Any]) -> str:
     for entry in data["rates"]:
         for engine in ENGINES:
             rate, spread = Rate(**entry[engine]), entry["spread"][engine]
-            name = f"{engine}, {entry['dtype']}, {entry['threads']} thread{'s' * (entry['threads'] > 1)}"
+            name = f"{engine}, {entry['dtype']}, {_threads(entry['threads'])}"
             shown = "  ".join(f"{value:.2f}" for value in spread)
             terms = f"{rate.call:8,.0f} {rate.row:7.1f} {rate.pair:7.3f} {rate.element:8.4f} {rate.mask:6.3f}"
             lines.append(f"{name:<28} {terms}   {shown}")
     lines[0] += f" at {', '.join(map(str, QUANTILES))} %"
     for entry in data["crossings"]:
-        name = f"{entry['family']}, {entry['dtype']}, head_dim {entry['head_dim']}, {entry['threads']} threads"
-        lines.append(f"{name}: {entry['says']}")
+        lines.append(f"{_family(entry['family'], entry['dtype'], entry['head_dim'], entry['threads'])}: {entry['says']}")
     return "\n".join(lines)
 
 
@@ -183,7 +181,6 @@ def changes(old: Table, new: Table) -> list[str]:
     """Where dispatch chooses another engine now, over the lengths and patterns that were measured."""
     found = []
     for (pattern, dtype, head_dim), threads in itertools.product(FAMILIES, sorted({t for t, _ in new.rates})):
-        name = f"{pattern}, {dtype}, head_dim {head_dim}, {threads} thread{'s' * (threads > 1)}"
         choices = []
         for length in LENGTHS:
             sizes = Call(pattern, HEADS, length, length, head_dim).sizes(dtype)
@@ -191,8 +188,17 @@ def changes(old: Table, new: Table) -> list[str]:
         for (before, after), group in itertools.groupby(zip(LENGTHS, choices), key=lambda pair: pair[1]):
             lengths = [length for length, _ in group]
             if before != after:
+                name = _family(pattern, dtype, head_dim, threads)
                 found.append(f"{name}: {lengths[0]} to {lengths[-1]} positions: {before} -> {after}")
     return found
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread{'s' * (count > 1)}"
+
+
+def _family(pattern: str, dtype: str, head_dim: int, threads: int) -> str:
+    return f"{pattern}, {dtype}, head_dim {head_dim}, {_threads(threads)}"
 
 
 def _timed(dtype: str, engine: str, call: Call) -> Case:
