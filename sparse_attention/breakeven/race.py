@@ -55,6 +55,7 @@ class Race:
         self.settings, self.progress, self._save = settings, progress, save
         self.run = resume or Run(describe(settings.device), settings.as_dict(), records)
         self._start = time.perf_counter()
+        self._deaths = 0
         self._overhead_s: float | None = None  # of one block: starting, building, checking twice
 
     def execute(self) -> Run:
@@ -143,9 +144,11 @@ class Race:
                 baseline={r.case.id: r.baseline for r in records},
             )
         except WorkerDied as died:
-            culprits = [self.run.records[died.case]] if died.case else records
-            for record in culprits:
-                record.error = str(died)
+            self._deaths += 1
+            self.progress.line(f"{what}: {died}")
+            if died.case or self._deaths > 2:  # killed while timing: by whom cannot be told, so it is tried again
+                for record in [self.run.records[died.case]] if died.case else records:
+                    record.error = str(died)
             return
         for record in records:
             record.error = found["errors"].get(record.case.id)

@@ -59,8 +59,10 @@ def scout(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
         group = case.share or case.id
         if group not in baselines:
             emit(case=case.id, doing=f"timing the baselines of {where}")
-            rivals = workload.baselines if case.limit_s is None else {}
-            baselines[group] = {name: _survey(call, clock) for name, call in rivals.items()}
+            baselines[group] = {}
+            for name, call in workload.baselines.items() if case.limit_s is None else ():
+                _prepare(workload, name)
+                baselines[group][name] = _survey(call, clock)
         found[case.id] = {
             "status": "ok",
             "ready_s": ready_s,
@@ -86,6 +88,7 @@ def block(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
         try:
             loaded[case.id] = case.load()
             check(loaded[case.id])
+            _prepare(loaded[case.id], job["baseline"][case.id])
         except Exception as error:
             errors[case.id] = summary(error)
     entries = [_entry(case, loaded[case.id], job) for case in cases if case.id in loaded and case.id not in errors]
@@ -174,6 +177,11 @@ def _survey(call: Callable[[], Any], clock: Clock) -> tuple[float, int | None]:
 
     peak = peak_bytes(once)
     return (took[0] if took[0] > 0.1 else estimate(call, clock)), peak
+
+
+def _prepare(workload: Workload, baseline: str | None) -> None:
+    if workload.prepare is not None and baseline is not None:
+        workload.prepare(baseline)
 
 
 def _entry(case: Case, workload: Workload, job: Mapping[str, Any]) -> Entry:
