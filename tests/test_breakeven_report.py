@@ -108,13 +108,37 @@ def test_a_class_without_floors_is_reported_not_judged():
     assert list(annotations(report)) == []
 
 
-def test_a_race_against_a_revision_says_so():
-    run = stored.run(WINNING, {NAMES[0]: 0.5 / stored.speedup(WINNING[0])}, blocks=15)
+def against_revision(factors, blocks=15):
+    """The cases raced against themselves."""
+    own = {case.id: factors.get(case.id, 1.0) / stored.speedup(case) for case in WINNING}
+    run = stored.run(WINNING, own, blocks=blocks, sd=0.005)
     run.settings["base"] = "0123456789abcdef"
-    report = build(run, base=stored.run(WINNING, seed=9))
+    run.records = {name: replace(r, case=replace(r.case, floor=0.97)) for name, r in run.records.items()}
+    return run
+
+
+def test_a_race_against_a_revision_says_so():
+    report = build(against_revision({NAMES[0]: 0.5, NAMES[2]: 1.1}), base=stored.run(WINNING, seed=9))
     assert report.labels == ("base", "head")
-    assert report.sentence.startswith(f"1 of {len(WINNING)} cases slower than 0123456789: {NAMES[0]}, 0.5")
+    assert report.sentence.startswith(f"1 of {len(WINNING)} cases slower than 0123456789: {NAMES[0]}, 0.50x")
     assert (report.base, "--base 0123456789abcdef" in report.command) == ("", True)
+    rows = changed(report)
+    assert list(rows) == [NAMES[0], NAMES[2]]
+    assert rows[NAMES[2]].remark.startswith("the kernel is ") and rows[NAMES[2]].remark.endswith(" % faster than in the base")
+    assert build(against_revision({})).sentence == f"all {len(WINNING)} cases at least 0.97x as fast as 0123456789"
+
+
+def test_both_gates_in_one_report():
+    report = build(stored.run(WINNING))
+    report.against = build(against_revision({NAMES[0]: 0.5}))
+    text = comment(report)
+    assert report.worst is report.against
+    assert text.startswith(f"{MARK}\n\n### Break-even: ❌ FAIL\n\nAll {len(WINNING)} cases are at or above their floor.")
+    first, _, second = text.partition("#### Against 0123456789: ❌ FAIL")
+    assert "| `" in first and "| base, head |" not in first
+    assert f"| `{NAMES[0]}`<br><sub>the kernel is " in second and "| base, head |" in second
+    report.against = build(against_revision({}))
+    assert report.worst is report
 
 
 def test_the_command_measures_what_changed_as_it_was_measured(base):
@@ -288,7 +312,7 @@ def test_command_line(tmp_path, folder, capsys):
     html, md = tmp_path / "report.html", tmp_path / "comment.md"
     assert main(["report", str(tmp_path / "run.json"), "--history", str(folder), "--html", str(html), "--md", str(md)]) == 0
     said = capsys.readouterr().out
-    assert said.startswith("PASS: 2 of 13 cases inconclusive; 11 pass\n")
+    assert said.startswith("INCONCLUSIVE: 2 of 13 cases inconclusive; 11 pass\n")
     assert f"wrote {html}" in said and f"wrote {md}" in said
     assert "window256/4k" in md.read_text() and "<!doctype html>" in html.read_text()
 
@@ -300,6 +324,7 @@ def test_command_line(tmp_path, folder, capsys):
         (["report", "{run}", "--history", "nowhere"], "history must be a folder, got 'nowhere'"),
         (["report", "{run}", "--power", "{run}"], "is not a stored power curve"),
         (["report", "{text}"], "is not a stored run"),
+        (["report", "{run}", "--against", "{run}"], "--against must be a run of `gate --base`"),
     ],
 )
 def test_wrong_usage_is_exit_2(arguments, wrong, tmp_path, capsys):

@@ -36,7 +36,11 @@ def report(tmp_path_factory):
     run.records[cases[4].id] = replace(slow, case=replace(slow.case, floor=stored.speedup(slow.case)))
     run.records[LONG_NAME] = replace(run.records["window96/8k"], case=replace(run.records["window96/8k"].case, id=LONG_NAME))
     run.records["window64/16k"].scout = {"status": "unavailable", "reason": "needs <a compiler> & more: g++ was not found"}
-    return build(run, None, read(folder, "cpu/zen4/2c"))
+    report = build(run, None, read(folder, "cpu/zen4/2c"))
+    itself = stored.run([replace(c, floor=0.97) for c in cases], {c.id: 1 / stored.speedup(c) for c in cases}, sd=0.004)
+    itself.settings["base"] = "0123456789abcdef"
+    report.against = build(itself)
+    return report
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     report.add_argument("run", metavar="RUN.json", help="a run stored by run, gate or study")
     report.add_argument("--history", metavar="DIR", help="stored runs of this machine class and power curves, at any depth")
     report.add_argument("--base", metavar="OLD.json", help="compare with this run; else with the last of another commit in DIR")
+    report.add_argument("--against", metavar="RUN.json", help="a run of `gate --base`: the same cases against a base revision")
     report.add_argument("--study", action="append", default=[], metavar="FILE", help="draw the curves of this stored study too")
     report.add_argument("--power", action="append", default=[], metavar="FILE", help="draw these power curves too")
     report.add_argument("--html", metavar="FILE")
@@ -47,9 +48,10 @@ def _report(options) -> int:
         Path(options.md).write_text(text, encoding="utf-8")
     if options.github:
         github.summarise(text)
-        for line in github.annotations(report, _table_file(report.run.settings)):
-            print(line)
-    print(f"{report.verdict}: {report.sentence}")
+        for part in filter(None, (report, report.against)):
+            print(*github.annotations(part, _table_file(part.run.settings)), sep="\n")
+    for part in filter(None, (report, report.against)):
+        print(f"{part.verdict}: {part.sentence}")
     for path in filter(None, (page_path, options.md)):
         print(f"wrote {path}")
     for note in report.notes:
@@ -69,7 +71,12 @@ def _build(options):
     history = read(options.history, run.machine["class"]) if options.history else History()
     history.powers += [Power.load(path) for path in options.power]
     curves = [curve for path in dict.fromkeys([options.run, *options.study]) for curve in of_study(path)]
-    return build(run, Run.load(options.base) if options.base else None, history, curves)
+    found = build(run, Run.load(options.base) if options.base else None, history, curves)
+    if options.against:
+        found.against = build(Run.load(options.against))
+        if not found.against.revision:
+            raise ValueError(f"--against must be a run of `gate --base`, got {options.against!r}")
+    return found
 
 
 def _comment(options) -> int:

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .. import regression, table
-from ..attribution import Attribution, attribute, move
+from ..attribution import LEAST, Attribution, attribute, move
 from ..result import Result, block_logs, results
+from ..statistics import interval
 from ..store import Run
 from ..verdict import ExitCode, Policy, Sequential, TwoStage, Verdict, exit_code
 from .curves import Curve, of_run
@@ -41,7 +42,7 @@ class Row:
 class Report:
     run: Run
     results: list[Result]
-    code: ExitCode
+    code: ExitCode  # of a strict gate
     sentence: str
     changed: list[Row]
     unchanged: list[Row]
@@ -51,6 +52,17 @@ class Report:
     rooflines: list[Roofline] = field(default_factory=list)
     series: list[Series] = field(default_factory=list)
     history: History = field(default_factory=History)
+    against: Report | None = None  # the same cases raced against a base revision
+
+    @property
+    def revision(self) -> str:
+        """The base revision that the cases were raced against; "" for their baselines."""
+        return (self.run.settings.get("base") or "")[:10]
+
+    @property
+    def worst(self) -> Report:
+        """This or, if its verdict is worse, the one against a revision."""
+        return min((self, self.against or self), key=lambda report: _SEVERITY.index(report.code))
 
     @property
     def verdict(self) -> str:
@@ -60,7 +72,7 @@ class Report:
     @property
     def labels(self) -> tuple[str, str]:
         """What the two sides are called."""
-        return regression.LABELS if self.run.settings.get("base") else table.LABELS
+        return regression.LABELS if self.revision else table.LABELS
 
     @property
     def machine(self) -> str:
@@ -77,6 +89,14 @@ class Report:
 
 
 NOT_JUDGED = "NOT JUDGED"
+_SEVERITY = [
+    ExitCode.WRONG,
+    ExitCode.BELOW_BREAK_EVEN,
+    ExitCode.NOTHING_CHECKED,
+    ExitCode.NOT_EVALUATED,
+    ExitCode.INCONCLUSIVE,
+    ExitCode.OK,
+]
 _VERDICTS = {
     ExitCode.OK: "PASS",
     ExitCode.WRONG: "WRONG",
@@ -105,7 +125,7 @@ def build(run: Run, base: Run | None = None, history: History | None = None, cur
     return Report(
         run,
         found,
-        exit_code(r.verdict for r in found),
+        exit_code((r.verdict for r in found), strict=True),
         sentence(found, run.settings),
         changed,
         [r for r in rows if not r.changed],
@@ -151,6 +171,9 @@ def sentence(found: Sequence[Result], settings: Mapping[str, Any]) -> str:
         return "; ".join(parts + [f"{passed} pass"] * bool(passed))
     if not passed:
         return "nothing was measured"
+    if settings.get("base"):
+        floor = min(r.floor for r in found)
+        return f"{'all' if passed > 1 else 'the'} {passed} case{'s' * (passed > 1)} at least {floor:.3g}x as fast as {settings['base'][:10]}"
     return f"all {passed} cases are at or above their floor" if passed > 1 else "the one case is at or above its floor"
 
 
@@ -187,6 +210,8 @@ _DEFAULTS = {"--table": "perf.cases:CASES", "--alpha": "0.01", "--budget": "280s
 
 
 def _row(found: Result, run: Run, base: Run | None, cases: int) -> Row:
+    if run.settings.get("base"):
+        return Row(found, remark=_against_itself(block_logs(run.records[found.id]), CHANGED_ALPHA / (2 * cases)))
     if base is None:
         return Row(found)
     if found.id not in base.records:
@@ -199,6 +224,17 @@ def _row(found: Result, run: Run, base: Run | None, cases: int) -> Row:
         return Row(found, remark="another race than in the base")
     sure = move(*logs, alpha=CHANGED_ALPHA / (2 * cases)).moved
     return Row(found, seen if sure else None)
+
+
+def _against_itself(logs: Sequence[float], alpha: float) -> str:
+    """Whether the kernel is slower or faster than in the base revision, in words; nothing else differs between its sides."""
+    if len(logs) < 2:
+        return ""
+    sure = interval(logs, alpha)
+    slower = 1 / sure.speedup - 1
+    if sure.low <= 1.0 <= sure.high or abs(slower) < LEAST:
+        return ""
+    return f"the kernel is {100 * abs(slower):.1f} % {'slower' if slower > 0 else 'faster'} than in the base"
 
 
 def _urgency(row: Row) -> tuple[int, float]:

@@ -30,14 +30,14 @@ def page(report: Report) -> str:
         raise ImportError("an HTML report needs jinja2 and matplotlib: pip install 'sparse_attention[perf]'") from error
     folder = resources.files(__package__)
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
-    shared = axis([*report.changed, *report.unchanged])
+    shown = [report, report.against] if report.against else [report]
+    shared = axis([row for part in shown for row in (*part.changed, *part.unchanged)])
     return environment.from_string((folder / "page.html").read_text()).render(
         report=report,
-        labels=report.labels,
+        axis=shared,
+        cells=cells,
         style=(folder / "page.css").read_text(),
         measured=report.run.machine["time"].replace("T", " ").replace("Z", " UTC"),
-        changed=cells(report.changed, shared),
-        unchanged=cells(report.unchanged, shared),
         sections=[section for section in sections(report) if section.pictures or section.folded],
     )
 

@@ -13,31 +13,48 @@ _MOST_CHANGED = 30
 
 def comment(report: Report, link: str = "") -> str:
     """`link` is where the whole report can be had."""
-    changed = report.changed[:_MOST_CHANGED]
-    parts = [MARK, f"### Break-even: {_SIGNS.get(report.verdict, '')} {report.verdict}", report.sentence[:1].upper() + report.sentence[1:] + "."]
-    if changed:
-        parts.append(_table(changed, report.labels))
-        parts += [f"{len(report.changed) - len(changed)} more are in the report."] if len(changed) < len(report.changed) else []
-    elif report.base:
-        parts.append("No case changed.")
+    worst = report.worst.verdict
+    parts = [MARK, f"### Break-even: {_SIGNS[worst]} {worst}", *_gate(report)]
+    if report.against:
+        parts += [f"#### Against {report.against.revision}: {_SIGNS[report.against.verdict]} {report.against.verdict}"]
+        parts += _gate(report.against)
     steps = [f"- `{s.id}`: {step.words}" for s in report.series for step in s.steps]
     if steps:
-        parts.append(_folded(f"{len(steps)} steps in the history", "\n".join(steps)))
+        parts.append(_folded(f"{len(steps)} step{'s' * (len(steps) > 1)} in the history", "\n".join(steps)))
     crossings = [f"- {_plain(c.title)}, {c.axis}: {_plain(c.words)}" for c in report.curves]
     if crossings:
         parts.append(_folded("Where it breaks even", "\n".join(crossings)))
-    if report.unchanged:
-        name = "unchanged" if report.base else "passing"
-        parts.append(_folded(f"{len(report.unchanged)} {name} cases", _table(report.unchanged, report.labels)))
-    parts.append(_folded("Measure again", f"```\n{report.command}\n```"))
-    facts = [_plain(report.machine), f"noise: {_plain(report.noise)}"] + ([f"compared with {_plain(report.base)}"] if report.base else [])
-    parts.append("<sub>" + " · ".join(facts) + "</sub>")
+    facts = [report.machine, f"noise: {report.noise}"] + ([f"compared with {report.base}"] if report.base else [])
+    parts.append(f"<sub>{_plain(' · '.join(facts))}</sub>")
     parts += [f"<sub>{_plain(note)}</sub>" for note in report.notes]
     parts += [f"[The whole report]({link})"] if link else []
     return _cut(parts)
 
 
-_SIGNS = {"PASS": "✅", "FAIL": "❌", "WRONG": "❌", "NOTHING CHECKED": "❌", "NOT EVALUATED": "⚠️", "INCONCLUSIVE": "⚠️", "NOT JUDGED": "ℹ️"}
+def _gate(report: Report) -> list[str]:
+    """Verdict, changed cases, and the rest folded."""
+    parts = [f"{report.sentence[:1].upper()}{report.sentence[1:]}."]
+    changed = report.changed[:_MOST_CHANGED]
+    if changed:
+        parts.append(_table(changed, report.labels))
+        parts += [f"{len(report.changed) - len(changed)} more are in the report."] if len(changed) < len(report.changed) else []
+    elif report.base:
+        parts.append("No case changed.")
+    if report.unchanged:
+        name = "unchanged" if report.base or report.revision else "passing"
+        parts.append(_folded(f"{len(report.unchanged)} {name} cases", _table(report.unchanged, report.labels)))
+    return [*parts, _folded("Measure again", f"```\n{report.command}\n```")]
+
+
+_SIGNS = {
+    "PASS": "✅",
+    "FAIL": "❌",
+    "WRONG": "❌",
+    "NOTHING CHECKED": "❌",
+    "NOT EVALUATED": "⚠️",
+    "INCONCLUSIVE": "⚠️",
+    "NOT JUDGED": "ℹ️",
+}
 
 
 def _table(rows: Sequence[Row], labels: tuple[str, str]) -> str:
