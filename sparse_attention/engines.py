@@ -26,67 +26,75 @@ class Engine(NamedTuple):
     """
 
     plan: Plan
-    scale: float
+    scale: float  # the default
     forward: Callable
     backward: Callable
     attend: Callable | None = None
 
 
-def _tile(plan: Plan) -> Engine:
-    native = kernels()
-    sizes, layout = plan.sizes, plan.layout
+def _tile(plan: Plan, scale: float) -> Engine:
+    native, sizes, layout = kernels(), plan.sizes, plan.layout
 
     def table(of):
-        parts = [list(part.tensors()) for part in of.parts]
-        return native.Layout(sizes.heads, sizes.q_len, sizes.kv_len, parts)
+        return native.Layout(sizes.heads, sizes.q_len, sizes.kv_len, [list(part.tensors()) for part in of.parts])
 
     by_query, by_key = table(layout), cache(lambda: table(layout.transpose()))
-    return Engine(
-        plan,
-        sizes.head_dim**-0.5,
-        lambda q, k, v, scale: native.tile_forward(q, k, v, by_query, scale),
-        lambda *saved_and_scale: native.tile_backward(*saved_and_scale[:-1], by_query, by_key(), saved_and_scale[-1]),
-    )
+
+    def forward(q, k, v, scale):
+        return native.tile_forward(q, k, v, by_query, scale)
+
+    def backward(dout, dlse, q, k, v, out, lse, scale):
+        return native.tile_backward(dout, dlse, q, k, v, out, lse, by_query, by_key(), scale)
+
+    return Engine(plan, scale, forward, backward)
 
 
-def _gather(plan: Plan) -> Engine:
-    native = kernels()
-    sizes, rows = plan.sizes, plan.rows
-    by_query = native.Rows(rows.row_start, rows.columns, rows.head_variant, sizes.q_len, sizes.kv_len)
+def _gather(plan: Plan, scale: float) -> Engine:
+    native, sizes, rows = kernels(), plan.sizes, plan.rows
 
-    @cache
-    def by_key():
-        turned = rows.transpose()
-        return native.Rows(turned.row_start, turned.columns, turned.head_variant, sizes.kv_len, sizes.q_len)
+    def table(of, rows, cols):
+        return native.Rows(of.row_start, of.columns, of.head_variant, rows, cols)
 
-    return Engine(
-        plan,
-        sizes.head_dim**-0.5,
-        lambda q, k, v, scale: native.gather_forward(q, k, v, by_query, scale),
-        lambda *saved_and_scale: native.gather_backward(*saved_and_scale[:-1], by_query, by_key(), saved_and_scale[-1]),
-    )
+    by_query = table(rows, sizes.q_len, sizes.kv_len)
+    by_key = cache(lambda: table(rows.transpose(), sizes.kv_len, sizes.q_len))
+
+    def forward(q, k, v, scale):
+        return native.gather_forward(q, k, v, by_query, scale)
+
+    def backward(dout, dlse, q, k, v, out, lse, scale):
+        return native.gather_backward(dout, dlse, q, k, v, out, lse, by_query, by_key(), scale)
+
+    return Engine(plan, scale, forward, backward)
 
 
-def _dense(plan: Plan) -> Engine:
+def _dense(plan: Plan, scale: float) -> Engine:
     pattern = plan.pattern
-    return Engine(
-        plan,
-        plan.sizes.head_dim**-0.5,
-        lambda q, k, v, scale: dense.forward(q, k, v, pattern, scale),
-        lambda *saved_and_scale: dense.backward(*saved_and_scale[:-1], pattern, saved_and_scale[-1]),
-        lambda q, k, v, scale: dense.attend(q, k, v, pattern, scale),
-    )
+
+    def attend(q, k, v, scale):
+        return dense.attend(q, k, v, pattern, scale)
+
+    def forward(q, k, v, scale):
+        return dense.forward(q, k, v, pattern, scale)
+
+    def backward(dout, dlse, q, k, v, out, lse, scale):
+        return dense.backward(dout, dlse, q, k, v, out, lse, pattern, scale)
+
+    return Engine(plan, scale, forward, backward, attend)
 
 
-def _reference(plan: Plan) -> Engine:
+def _reference(plan: Plan, scale: float) -> Engine:
     pattern = plan.pattern
-    return Engine(
-        plan,
-        plan.sizes.head_dim**-0.5,
-        lambda q, k, v, scale: reference(q, k, v, pattern, scale),
-        lambda dout, dlse, q, k, v, out, lse, scale: reference_backward(dout, dlse, q, k, v, pattern, scale),
-        lambda q, k, v, scale: reference(q, k, v, pattern, scale)[0],
-    )
+
+    def attend(q, k, v, scale):
+        return reference(q, k, v, pattern, scale)[0]
+
+    def forward(q, k, v, scale):
+        return reference(q, k, v, pattern, scale)
+
+    def backward(dout, dlse, q, k, v, out, lse, scale):
+        return reference_backward(dout, dlse, q, k, v, pattern, scale)
+
+    return Engine(plan, scale, forward, backward, attend)
 
 
 _MAKERS = {"tile": _tile, "gather": _gather, "dense": _dense, "reference": _reference}
@@ -101,7 +109,7 @@ def engine(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, impl: str) -> Engi
     if found is None:
         check_call(q, k, v, pattern, impl)
         plan = plan_of(pattern, Sizes.of(q, k), impl)
-        found = _MAKERS[plan.impl](plan)
+        found = _MAKERS[plan.impl](plan, plan.sizes.head_dim**-0.5)
         if len(_engines) >= 512:
             _engines.clear()
         _engines[key] = found
