@@ -322,3 +322,29 @@ def test_this_package_loads_twice(tmp_path):
     environment = {**os.environ, "ROOT": str(root), "SPARSE_ATTENTION_CACHE": str(tmp_path), "PYTHONPATH": str(root)}
     done = subprocess.run([sys.executable, "-c", TWICE], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+PYTEST = """
+import pytest, bench
+
+@pytest.mark.parametrize("case", bench.CASES[:1], ids=lambda c: c.id)
+def test_race(case, breakeven_race):
+    breakeven_race(case)
+"""
+
+
+def test_pytest_against_a_base_revision(repository):
+    (repository / "test_it.py").write_text(PYTEST)
+    root = Path(__file__).resolve().parents[1]
+    environment = {**os.environ, "PYTHONPATH": str(root), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "sparse_attention.breakeven.plugin", "test_it.py"]
+    command += ["--breakeven-device", toys.DEVICE, "--breakeven-policy", "sequential", "--breakeven-package", "toykernels"]
+
+    def session(*arguments):
+        return subprocess.run([*command, *arguments], cwd=repository, capture_output=True, text=True, env=environment)
+
+    found = session("--breakeven-base", "first")
+    assert found.returncode == 10, found.stdout + found.stderr
+    assert re.search(r"case +base +head", found.stdout) and "the kernel moved: " in found.stdout
+    found = session("--breakeven-base", "nowhere")
+    assert found.returncode == 4 and "no revision 'nowhere'" in found.stderr

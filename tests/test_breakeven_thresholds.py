@@ -2,9 +2,12 @@
 
 import json
 import math
+import os
 import random
 import re
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -368,3 +371,20 @@ def test_command_ratchet(tmp_path, capsys, monkeypatch):
 
 def test_the_file_that_is_shipped_is_valid():
     assert Thresholds.load("perf/thresholds.json").classes
+
+
+def test_pytest_does_not_judge_an_unknown_class(tmp_path):
+    root = Path(__file__).resolve().parents[1]
+    floors(of={"cpu/abacus/1c": {}}).save(tmp_path / "floors.json")
+    lines = ["import pytest", "from tests.breakeven_toys import case", '@pytest.mark.parametrize("case", [case("quick")])']
+    (tmp_path / "test_it.py").write_text("\n".join([*lines, "def test_race(case, breakeven_race):", "    breakeven_race(case)\n"]))
+    environment = {**os.environ, "PYTHONPATH": str(root), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "sparse_attention.breakeven.plugin", "--breakeven-device", toys.DEVICE]
+
+    def session(*arguments):
+        return subprocess.run([*command, *arguments], cwd=tmp_path, capture_output=True, text=True, env=environment)
+
+    found = session("--breakeven-thresholds", "floors.json")
+    assert found.returncode == 12 and "reported, not judged" in found.stdout
+    assert session("--breakeven-thresholds", "floors.json", "--breakeven-allow-unknown-class").returncode == 0
+    assert session("--breakeven-thresholds", "nowhere.json").returncode == 4

@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 import warnings
+from dataclasses import replace
 from typing import Literal
 
 import pytest
@@ -18,7 +19,8 @@ from .race import Race, Settings
 from .replay import prepare, replay
 from .result import Result, results
 from .store import Run
-from .verdict import ExitCode, Sequential, TwoStage, Verdict, exit_code
+from .terms import Terms, terms
+from .verdict import ExitCode, Sequential, TwoStage, Verdict
 
 
 class Inconclusive(UserWarning):
@@ -37,6 +39,7 @@ class Gate:
         self._worker = BlockWriter(target, self._settings.threads, self._settings.device) if target else None
         self._comparisons = Comparisons(config, self._settings)
         self._cases: dict[str, Case] = {}
+        self._terms = Terms([])
         self._run: Run | None = None
         self._raced: dict[str, Result] = {}
         self._compared: dict[str, Result] = {}
@@ -92,6 +95,7 @@ class Gate:
                 self._comparisons.nodes[item.nodeid] = f"{item.path}::{item.nodeid.partition('::')[2]}"
         if self._selected and not self._worker and not self._config.option.collectonly:
             self._refuse_what_would_judge_nothing()
+            self._agree(self._cases)
 
     def pytest_runtest_logreport(self, report):
         if report.failed and report.nodeid not in self._slow_nodes:
@@ -103,9 +107,8 @@ class Gate:
         if not judging or int(exitstatus) not in (0, 1) or self._other_failures:
             return
         option = self._config.option
-        verdicts = [r.verdict for r in self.results]
-        if verdicts or not option.breakeven_allow_not_evaluated:
-            self._code = exit_code(verdicts, option.breakeven_strict, option.breakeven_allow_not_evaluated)
+        if self.results or not option.breakeven_allow_not_evaluated:
+            self._code = self._terms.exit_code(self.results, option.breakeven_strict, option.breakeven_allow_not_evaluated)
             session.exitstatus = self._code
 
     @pytest.hookimpl(trylast=True)
@@ -116,7 +119,9 @@ class Gate:
         if self._run is not None:
             raced = list(self._raced.values())
             terminalreporter.write_line(table.headline(self._run, raced))
-            terminalreporter.write_line(table.text(raced))
+            terminalreporter.write_line(table.text(raced, self._terms.labels))
+            for remark in self._terms.remarks(self._run, raced):
+                terminalreporter.write_line(remark)
         if self._compared:
             terminalreporter.write_line(table.text(list(self._compared.values()), ("baseline", "candidate")))
         code = self._code if self._code is not None else exitstatus
@@ -142,10 +147,23 @@ class Gate:
     def _selected(self) -> bool:
         return bool(self._cases or self._comparisons.nodes)
 
+    def _agree(self, cases: dict[str, Case]) -> None:
+        option = self._config.option
+        if option.breakeven_base and not cases:
+            raise pytest.UsageError("--breakeven-base races tables of cases: no selected test uses breakeven_race")
+        try:
+            chosen = self._settings.threads, self._settings.device
+            self._terms = terms(option, cases.values(), *chosen, prefix="breakeven_")
+        except (ValueError, OSError) as error:
+            raise pytest.UsageError(str(error)) from error
+        self._settings = replace(self._settings, **self._terms.settings)
+
     def _measure(self, cases: dict[str, Case]) -> None:
         path = self._config.option.breakeven_json
+        if cases.keys() != self._cases.keys():
+            self._agree(cases)
         with self._shown() as progress:
-            race = Race(cases.values(), self._settings, progress, save=lambda run: run.save(path) if path else None)
+            race = Race(self._terms.cases, self._settings, progress, save=lambda run: run.save(path) if path else None)
             self._run = race.run
             race.execute()
             progress.done()

@@ -18,6 +18,7 @@ from .compare import same_as_baseline
 from .gate import Gate
 from .race import Settings
 from .result import Result
+from .terms import add_options
 
 _KEY: pytest.StashKey[Gate] = pytest.StashKey()
 
@@ -31,6 +32,7 @@ def pytest_addoption(parser):
     group.addoption("--breakeven-json", metavar="FILE", help="store the run, with the times of every block")
     group.addoption("--breakeven-strict", action="store_true", help="exit 11 when a case is inconclusive")
     group.addoption("--breakeven-allow-not-evaluated", action="store_true", help="do not exit 12 when one was not judged")
+    add_options(group.addoption, "breakeven-")
     group.addoption("--breakeven-worker", help=argparse.SUPPRESS)
 
 
