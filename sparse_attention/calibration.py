@@ -34,7 +34,7 @@ AGAINST_DENSE = "sparse_attention.calibration_workloads:against_dense"
 
 # Rates are fitted to these calls: (q_len, kv_len) from one tile to many, patterns with few and with many keys a row.
 DTYPES = ("float32", "bfloat16", "float16")
-SHAPES = ((1, 256), (1, 4096), (8, 1024), (16, 16), (32, 32), (64, 64), (128, 128), (256, 256), (512, 512), (1024, 1024))
+SHAPES = ((1, 256), (1, 4096), (8, 1024), (16, 16), (64, 64), (128, 128), (384, 384), (1024, 1024))
 PATTERNS = ("SlidingWindow(window=64, causal=True)", "Causal()", "LogSparse(window=1)")
 RATE_BLOCKS = 3
 
