@@ -41,27 +41,29 @@ INJECTED = [
 
 
 def slowed(extra: float, pattern: str, causal: bool, **sizes) -> Workload:
-    """`forward` whose candidate first visits about the share `extra` of its tiles once more: those of the last queries."""
+    """`forward` whose candidate first visits about the share `extra` of its tiles once more: those of some heads' last queries."""
     workload = forward(pattern, causal, **sizes)
+    if not extra:
+        return workload
     q, k, v, _ = tensors(**sizes)
     chosen = parse(pattern)
     heads, q_len, kv_len = q.shape[1], q.shape[2], k.shape[2]
+    if k.shape[1] != heads or any(chosen.for_head(h) != chosen.for_head(0) for h in range(heads)):
+        raise ValueError(f"pattern and heads must let one head stand for all, got {pattern} and {k.shape[1]} of {heads} heads for k")
+    visited = {n: layout.layout(chosen, n, kv_len, 1).counts.visited for n in range(TILE, q_len + 1, TILE)}
+    whole = heads * visited[q_len]
+    few, last = min(
+        ((h, n) for h in range(1, heads + 1) for n in visited), key=lambda hn: abs(hn[0] * visited[hn[1]] / whole - extra)
+    )
+    again, plain = (q[:, :few, -last:], k[:, :few], v[:, :few]), workload.candidate
 
-    def visited(count):
-        return layout.layout(chosen, count, kv_len, heads).counts.visited
+    def candidate():
+        with torch.no_grad():
+            attention(*again, chosen, impl="tile")
+        return plain()
 
-    if extra:
-        whole, counts = visited(q_len), {count: visited(count) for count in range(TILE, q_len, TILE)}
-        last = min(counts, key=lambda count: abs(counts[count] / whole - extra))
-        few, plain = q[:, :, -last:], workload.candidate
-
-        def candidate():
-            with torch.no_grad():
-                attention(few, k, v, chosen, impl="tile")
-            return plain()
-
-        workload.candidate = candidate
-        workload.note = f"{counts[last]} of {whole} tiles twice: +{100 * counts[last] / whole:.1f} %"
+    workload.candidate = candidate
+    workload.note = f"{few * visited[last]} of {whole} tiles twice: +{100 * few * visited[last] / whole:.1f} %"
     return workload
 
 

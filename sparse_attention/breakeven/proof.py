@@ -144,7 +144,7 @@ def analyse(
     apart[REGRESSION] = _apart(twins, lambda s, x: disjoint(s.against_plain[x], s.against_plain[x], policy, floor=FLOOR))
     tell("drawing suites of 50 cases")
     pools = [s.speedup[0.0] for s in sessions]
-    many = {gate: {b: suites(pools, policy, max(runs // 2, 300), rng, below=b) for b in BELOW} for gate, policy in POLICIES.items()}
+    many = {gate: {b: suites(pools, policy, max(runs // 2, 10), rng, below=b) for b in BELOW} for gate, policy in POLICIES.items()}
     return Proof(machine, threads, tuple(sessions), alarms, power, apart, many)
 
 
