@@ -84,7 +84,7 @@ class BreakEven:
 
     def track_peak_memory(self, cache, case):
         peak = cache[case]["peak_memory"]
-        return math.nan if peak is None else peak
+        return peak if peak and peak >= 1 << 20 else math.nan  # below a mebibyte it is the allocator that is seen
 
     track_peak_memory.unit = "bytes"
 

@@ -52,7 +52,8 @@ class Case:
 class Workload:
     """Callables of no arguments, over inputs that exist already.
 
-    `check` takes the candidate's output and raises AssertionError when it is wrong for the inputs as they are now.
+    `check` takes the candidate's output and raises AssertionError when it is wrong for the inputs as they are now; without
+    one the output must equal the first baseline's.
     The baseline is the fastest of `baselines`; the first is the default that its users would get.
     """
 

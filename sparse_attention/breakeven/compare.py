@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -114,15 +114,6 @@ class BlockWriter:
             f.write(json.dumps(entry) + "\n")
 
 
-def same_as_baseline(baseline: Callable[[], Any]) -> Callable[[Any], None]:
-    """A check: the output equals the baseline's, within the usual tolerances of its type."""
-
-    def check(output):
-        _assert_close(output, baseline())
-
-    return check
-
-
 def _one_block(workload: Workload, number: int, device: str) -> sampling.Samples:
     clock = clocks.kind(device)()
     sampling.check_fresh(workload, seed=number)
@@ -133,19 +124,3 @@ def _one_block(workload: Workload, number: int, device: str) -> sampling.Samples
     samples = sampling.measure([entry], plans, clock, seed=number)
     sampling.check(workload)
     return samples["candidate"]
-
-
-def _assert_close(output: Any, expected: Any) -> None:
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(expected, torch.Tensor):
-        torch.testing.assert_close(output, expected)
-    elif isinstance(expected, (tuple, list)):
-        assert len(output) == len(expected), f"{len(output)} outputs, the baseline has {len(expected)}"
-        for one, other in zip(output, expected):
-            _assert_close(one, other)
-    elif hasattr(expected, "dtype") or isinstance(expected, float):
-        import numpy as np
-
-        np.testing.assert_allclose(output, expected, rtol=1e-5)
-    else:
-        assert output == expected, f"{output!r} is not the baseline's {expected!r}"

@@ -54,14 +54,15 @@ class Samples:
 
 
 def check(workload: Workload) -> None:
-    """Run the candidate over freed memory full of NaN and check what it returns."""
-    if workload.check is None:
-        workload.candidate()
-        return
+    """Run the candidate over freed memory full of NaN and check what it returns; without a check, against the first baseline."""
     try:
         if len(workload.inputs):
             poison(workload.candidate(), workload.inputs)
-        workload.check(workload.candidate())
+        output = workload.candidate()
+        if workload.check is not None:
+            workload.check(output)
+        elif workload.baselines:
+            agree(output, next(iter(workload.baselines.values()))())
     except Exception as error:
         raise WrongOutput(summary(error)) from error
 
@@ -85,6 +86,23 @@ def check_fresh(workload: Workload, seed: int) -> None:
         check(workload)
     except WrongOutput as error:
         raise WrongOutput(f"after its inputs changed: {error}") from error
+
+
+def agree(output: Any, expected: Any) -> None:
+    """AssertionError unless the two are equal, floating-point numbers within the usual tolerance of their type."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(expected, torch.Tensor):
+        torch.testing.assert_close(output, expected)
+    elif isinstance(expected, (tuple, list)):
+        assert len(output) == len(expected), f"{len(output)} outputs, the baseline has {len(expected)}"
+        for one, other in zip(output, expected):
+            agree(one, other)
+    elif hasattr(expected, "dtype") or isinstance(expected, float):
+        import numpy as np
+
+        np.testing.assert_allclose(output, expected, rtol=1e-5)
+    else:
+        assert output == expected, f"{output!r} is not the baseline's {expected!r}"
 
 
 def poison(output: Any, inputs: Sequence[Any]) -> None:
