@@ -17,8 +17,9 @@ namespace gather {
 
 constexpr int kBlock = 64;           // listed rows per step: their scores and addresses stay in L1
 constexpr int kChunk = 256;          // rows per unit of work: neighbouring rows of a head share keys in cache
-constexpr int64_t kWorthThreads = 512;  // pairs: waking a thread costs about 5 us, the time of some hundred pairs
-constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
+constexpr int kUnits = 32;           // units of work to aim at when there are few rows
+constexpr int64_t kWorthThreads = 2048;  // pairs: waking a thread costs about 5 us, the time of some hundred pairs
+constexpr double kLog2e = 1.4426950408889634;
 
 struct RowRange {
   const int32_t* columns;
@@ -43,14 +44,15 @@ inline int64_t count_pairs(const RowsParams& table, int batch, int heads, int ro
 // Calls row(batch, head, r) for every row of every head.
 template <class F>
 inline void for_each_row(int batch, int heads, int rows, int64_t pairs, F row) {
-  const int chunks = (rows + kChunk - 1) / kChunk;
+  const int chunk = int(std::clamp<int64_t>(int64_t(batch) * heads * rows / kUnits, 8, kChunk));
+  const int chunks = (rows + chunk - 1) / chunk;
   const int64_t units = int64_t(batch) * heads * chunks;
 #pragma omp parallel for schedule(dynamic) if (pairs >= kWorthThreads)
   for (int64_t unit = 0; unit < units; ++unit) {
-    const int first = int(unit % chunks) * kChunk;
+    const int first = int(unit % chunks) * chunk;
     const int head = int(unit / chunks % heads);
     const int b = int(unit / chunks / heads);
-    for (int r = first; r < std::min(first + kChunk, rows); ++r) row(b, head, r);
+    for (int r = first; r < std::min(first + chunk, rows); ++r) row(b, head, r);
   }
 }
 
@@ -73,18 +75,20 @@ struct Step {
     }
     for (int r = n; r % kTogether; ++r) near[r] = near[r - 1], far[r] = far[r - 1];
   }
-  // score[r] = x . near[r], padded to whole vectors with -inf
+  // score[r] = scale * x . near[r], padded to whole vectors with -inf
   template <class Dim>
-  void multiply_near(const A* x, Dim dim) {
+  void multiply_near(const A* x, Dim dim, A scale) {
+    constexpr int L = Simd<A>::lanes;
     dots(x, near, n, dim, score);
+    for (int r = 0; r < n; r += L) store(score + r, load(score + r) * scale);
     for (int r = n; r < padded<A>(n); ++r) score[r] = -kInfinity<A>;
   }
-  // score = 2^(score - top); returns the sum.
+  // score = e^(score - top); returns the sum.
   A exponentiate(A top) {
     constexpr int L = Simd<A>::lanes;
     Vec<A> sum = {};
     for (int r = 0; r < n; r += L) {
-      const Vec<A> p = exp2_nonpositive<A>(load(score + r) - top);
+      const Vec<A> p = exp2_nonpositive<A>((load(score + r) - top) * A(kLog2e));
       store(score + r, p);
       sum += p;
     }
@@ -99,10 +103,10 @@ struct Step {
   }
 };
 
-// A query that no key reached: lse -inf. Its probabilities are 2^(s - inf) = 0.
+// A query that no key reached: lse -inf. Its probabilities are e^(s - inf) = 0.
 template <class A>
-inline A lse_base2(A lse) {
-  return lse == -kInfinity<A> ? kInfinity<A> : lse * A(kLog2e);
+inline A usable_lse(A lse) {
+  return lse == -kInfinity<A> ? kInfinity<A> : lse;
 }
 
 template <class T, class Dim>
@@ -113,16 +117,16 @@ inline void forward_row(const ForwardParams& p, const RowsParams& table, Dim dim
   const int kv_head = h / (p.heads / p.kv_heads);
   const T* keys = row_of<T>(p.k, b, kv_head, 0);
   const T* values = row_of<T>(p.v, b, kv_head, 0);
-  read_row(row_of<T>(p.q, b, h, r), dim, A(p.scale * kLog2e), q);
+  read_row(row_of<T>(p.q, b, h, r), dim, A(1), q);
   if (r + 1 < p.q_len) prefetch_row(row_of<T>(p.q, b, h, r + 1), dim);
   clear_row(dim, total);
   A top = -kInfinity<A>, sum = 0;
   const RowRange range = range_of(table, h, p.q_len, r);
   for (int64_t start = 0; start < range.count; start += kBlock) {
     step.address(range, start, keys, p.k.row, values, p.v.row);
-    step.multiply_near(q, dim);
+    step.multiply_near(q, dim, A(p.scale));
     const A new_top = std::max(top, step.max_score());
-    const A decay = top == -kInfinity<A> ? A(0) : std::exp2(top - new_top);
+    const A decay = top == -kInfinity<A> ? A(0) : std::exp(top - new_top);
     sum = sum * decay + step.exponentiate(new_top == -kInfinity<A> ? A(0) : new_top);
     combine(step.score, step.far, step.n, dim, decay, total);
     top = new_top;
@@ -131,7 +135,7 @@ inline void forward_row(const ForwardParams& p, const RowsParams& table, Dim dim
   scale_row(inverse, dim, total);
   narrow(total, row_of<T>(p.out, b, h, r), dim);
   A* lse = static_cast<A*>(p.lse) + (int64_t(b) * p.heads + h) * p.q_len + r;
-  *lse = sum == A(0) ? -kInfinity<A> : (top + std::log2(sum)) * A(kLn2);
+  *lse = sum == A(0) ? -kInfinity<A> : top + std::log(sum);
 }
 
 template <class T, class Dim>
@@ -143,15 +147,15 @@ inline void query_gradient_row(const BackwardParams& p, const RowsParams& table,
   const T* keys = row_of<T>(p.k, b, kv_head, 0);
   const T* values = row_of<T>(p.v, b, kv_head, 0);
   const int64_t index = (int64_t(b) * p.heads + h) * p.q_len + r;
-  const A lse = lse_base2(static_cast<const A*>(p.lse)[index]);
+  const A lse = usable_lse(static_cast<const A*>(p.lse)[index]);
   const A delta = static_cast<const A*>(p.delta)[index];
-  read_row(row_of<T>(p.q, b, h, r), dim, A(p.scale * kLog2e), q);
+  read_row(row_of<T>(p.q, b, h, r), dim, A(1), q);
   read_row(row_of<T>(p.dout, b, h, r), dim, A(1), dout);
   clear_row(dim, total);
   const RowRange range = range_of(table, h, p.q_len, r);
   for (int64_t start = 0; start < range.count; start += kBlock) {
     step.address(range, start, keys, p.k.row, values, p.v.row);
-    step.multiply_near(q, dim);
+    step.multiply_near(q, dim, A(p.scale));
     dots(dout, step.far, step.n, dim, step.grad);
     step.exponentiate(lse);
     for (int n = 0; n < step.n; ++n) step.grad[n] = step.score[n] * (step.grad[n] - delta);
@@ -167,7 +171,7 @@ inline void key_gradient_row(const BackwardParams& p, const RowsParams& table, D
   alignas(kVectorBytes) A k[kMaxDim], v[kMaxDim], total_k[kMaxDim], total_v[kMaxDim];
   Step<T> step;
   const int group = p.heads / p.kv_heads;
-  read_row(row_of<T>(p.k, b, kv_head, t), dim, A(p.scale * kLog2e), k);
+  read_row(row_of<T>(p.k, b, kv_head, t), dim, A(1), k);
   read_row(row_of<T>(p.v, b, kv_head, t), dim, A(1), v);
   clear_row(dim, total_k);
   clear_row(dim, total_v);
@@ -179,10 +183,10 @@ inline void key_gradient_row(const BackwardParams& p, const RowsParams& table, D
     const RowRange range = range_of(table, h, p.kv_len, t);
     for (int64_t start = 0; start < range.count; start += kBlock) {
       step.address(range, start, queries, p.q.row, douts, p.dout.row);
-      step.multiply_near(k, dim);
+      step.multiply_near(k, dim, A(p.scale));
       dots(v, step.far, step.n, dim, step.grad);
       const int32_t* listed = range.columns + start;
-      for (int n = 0; n < step.n; ++n) step.score[n] -= lse_base2(lse[listed[n]]);
+      for (int n = 0; n < step.n; ++n) step.score[n] -= usable_lse(lse[listed[n]]);
       step.exponentiate(A(0));
       for (int n = 0; n < step.n; ++n) step.grad[n] = step.score[n] * (step.grad[n] - delta[listed[n]]);
       combine(step.score, step.far, step.n, dim, A(1), total_v);

@@ -20,17 +20,16 @@ struct BackwardScratch {
   A *total_a, *total_b;  // their gradients, packed
   A *row_a, *row_b;      // widened rows
   A *weight, *grad;      // [row][lane]: softmax weight, and gradient of the score
-  A *lse, *delta;        // of the tile's queries; lse in units of log2, +inf for a query that sees nothing
+  A *lse, *delta;        // of the tile's queries; lse is +inf for a query that sees nothing
 };
 
 // lse[l] and delta[l] of `n` queries, padded to a tile.
 template <class A>
 inline void load_queries(const BackwardParams& p, int batch, int head, int first, int stride, int n, A* lse, A* delta) {
-  constexpr A log2e = A(1.4426950408889634);
   const int64_t base = (int64_t(batch) * p.heads + head) * p.q_len + first;
   for (int l = 0; l < kTile; ++l) {
     const A x = l < n ? static_cast<const A*>(p.lse)[base + int64_t(l) * stride] : -kInfinity<A>;
-    lse[l] = x == -kInfinity<A> ? kInfinity<A> : x * log2e;
+    lse[l] = x == -kInfinity<A> ? kInfinity<A> : x;
     delta[l] = l < n ? static_cast<const A*>(p.delta)[base + int64_t(l) * stride] : A(0);
   }
 }
@@ -38,14 +37,14 @@ inline void load_queries(const BackwardParams& p, int batch, int head, int first
 // On entry weight holds dot products of q * factor and k, and grad those of dout and v; on return the softmax weights and the
 // gradient of the scores. `lse_of(r)` and `delta_of(r)` are vectors over the lanes of group `group`.
 template <class A, class LseOf, class DeltaOf>
-inline void score_gradient(const Block<A>& block, int group, A log2, A* weight, A* grad, LseOf lse_of, DeltaOf delta_of) {
+inline void score_gradient(const Block<A>& block, int group, A natural, A* weight, A* grad, LseOf lse_of, DeltaOf delta_of) {
   constexpr int L = Simd<A>::lanes;
   using V = Vec<A>;
   const V none = splat<A>(-kInfinity<A>);
   for (int r = block.low[group]; r < block.high[group]; ++r) {
     A* w = weight + r * kTile + group * L;
     A* g = grad + r * kTile + group * L;
-    V exponent = load(w) * log2 - lse_of(r);
+    V exponent = (load(w) * natural - lse_of(r)) * A(1.4426950408889634);
     if (block.masked) exponent = select_bits<A>(block.bits(r, group), exponent, none);
     const V weight_r = exp2_nonpositive<A>(exponent);
     V grad_r = weight_r * (load(g) - delta_of(r));
@@ -106,7 +105,8 @@ void query_gradient(const BackwardParams& p, const LayoutParams& layout, const I
       dot_block_rows(block, block_rows(v.data, v.stride, block, dim, s.row_b), s.b, dim, groups, s.grad);
       for (int g = 0; g < groups; ++g)
         score_gradient(
-            block, g, scale.log2, s.weight, s.grad, [&](int) { return load(s.lse + g * L); }, [&](int) { return load(s.delta + g * L); });
+            block, g, scale.natural, s.weight, s.grad, [&](int) { return load(s.lse + g * L); },
+            [&](int) { return load(s.delta + g * L); });
       accumulate_gradient(block, keys, groups, dim, s.grad, s.total_a);
     }
   }
@@ -150,7 +150,7 @@ void key_gradient(const BackwardParams& p, const LayoutParams& layout, const Ite
       dot_block_rows(block, grads, s.b, dim, groups, s.grad);
       for (int g = 0; g < groups; ++g)
         score_gradient(
-            block, g, scale.log2, s.weight, s.grad, [&](int r) { return splat<A>(s.lse[block.row(r) - query]); },
+            block, g, scale.natural, s.weight, s.grad, [&](int r) { return splat<A>(s.lse[block.row(r) - query]); },
             [&](int r) { return splat<A>(s.delta[block.row(r) - query]); });
       accumulate_gradient(block, grads, groups, dim, s.weight, s.total_b);
       accumulate_gradient(block, queries, groups, dim, s.grad, s.total_a);
