@@ -13,7 +13,7 @@ FAMILIES: list[Family] = []
 PUBLISHED: list[Published] = []
 
 HEADS = 4
-LENGTHS = geometric(64, 4096)
+LENGTHS = geometric(16, 4096)
 DENSITIES = tuple(n / 256 for n in geometric(1, 256))
 
 

@@ -51,6 +51,7 @@ FAMILIES = tuple(
 )
 HEADS = 4
 LENGTHS = geometric(16, 1024, steps=4)
+USABLE = (0.5, 2.0)  # predicted over measured time, of the middle eight tenths of the calls; other rates are left out
 RATES_SHARE = 0.4  # of the time; crossings have the rest
 
 
@@ -84,7 +85,7 @@ def calibrate(budget_s: float, progress: Progress, device: str = "cpu") -> dict[
     """
     start = time.perf_counter()
     data: dict[str, Any] = {"schema": rates.SCHEMA, "class": machine.machine_class(device), "measured": machine.describe(device)}
-    data |= {"rates": [], "crossings": []}
+    data |= {"rates": [], "crossings": [], "left_out": []}
     counts = sorted({1, machine.cores()})
     for number, threads in enumerate(counts):
         share = (budget_s - (time.perf_counter() - start)) / (len(counts) - number)
@@ -92,10 +93,14 @@ def calibrate(budget_s: float, progress: Progress, device: str = "cpu") -> dict[
         began = time.perf_counter()
         looks = Settings(RATES_SHARE * share, threads, Sequential((RATE_BLOCKS,)), device, first_look_share=1.0)
         fits = measure_rates(looks, progress)
-        data["rates"] += [_rates_entry(threads, dtype, of_dtype) for dtype, of_dtype in fits.items()]
+        for dtype, of_dtype in fits.items():
+            poor = [engine for engine, found in of_dtype.items() if not USABLE[0] < found.spread[1] <= found.spread[-2] < USABLE[1]]
+            data["left_out" if poor else "rates"].append(_rates_entry(threads, dtype, of_dtype))
         progress.line(f"break-even lengths on {_threads(threads)}")
         left = share - (time.perf_counter() - began)
         data["crossings"] += measure_crossings(fits, Settings(left, threads, POLICY, device), progress)
+    if not any(entry["dtype"] == "float32" for entry in data["rates"]):
+        raise TooDisturbed(f"no rates of float32 predict what was measured:\n{report(data)}")
     return data
 
 
@@ -164,14 +169,16 @@ def write(data: Mapping[str, Any], path: Path) -> Table:
 def report(data: Mapping[str, Any]) -> str:
     """Rates with how well they predict, and crossings, one a line."""
     lines = [f"{'rates, nanoseconds':<28} {'call':>8} {'row':>7} {'pair':>7} {'element':>8} {'mask':>6}   predicted / measured"]
-    for entry in data["rates"]:
-        for engine in ENGINES:
+    lines[0] += f" at {', '.join(map(str, QUANTILES))} %"
+    for place, engine in itertools.product(("rates", "left_out"), ENGINES):
+        for entry in data[place]:
             rate, spread = Rate(**entry[engine]), entry["spread"][engine]
             name = f"{engine}, {entry['dtype']}, {_threads(entry['threads'])}"
-            shown = "  ".join(f"{value:.2f}" for value in spread)
             terms = f"{rate.call:8,.0f} {rate.row:7.1f} {rate.pair:7.3f} {rate.element:8.4f} {rate.mask:6.3f}"
-            lines.append(f"{name:<28} {terms}   {shown}")
-    lines[0] += f" at {', '.join(map(str, QUANTILES))} %"
+            note = "  left out" * (place == "left_out")
+            lines.append(f"{name:<28} {terms}   {'  '.join(f'{value:.2f}' for value in spread)}{note}")
+    if data["left_out"]:
+        lines.append("left out: they predict too badly, and nearby ones serve instead; measure again on a quiet machine")
     for entry in data["crossings"]:
         lines.append(f"{_family(entry['family'], entry['dtype'], entry['head_dim'], entry['threads'])}: {entry['says']}")
     return "\n".join(lines)
@@ -185,11 +192,14 @@ def changes(old: Table, new: Table) -> list[str]:
         for length in LENGTHS:
             sizes = Call(pattern, HEADS, length, length, head_dim).sizes(dtype)
             choices.append(tuple(dispatch.choose(parse(pattern), sizes, threads, known).impl for known in (old, new)))
+        moved = []
         for (before, after), group in itertools.groupby(zip(LENGTHS, choices), key=lambda pair: pair[1]):
             lengths = [length for length, _ in group]
             if before != after:
-                name = _family(pattern, dtype, head_dim, threads)
-                found.append(f"{name}: {lengths[0]} to {lengths[-1]} positions: {before} -> {after}")
+                span = f"{lengths[0]} to {lengths[-1]}" if len(lengths) > 1 else f"{lengths[0]}"
+                moved.append(f"{span} {before} -> {after}")
+        if moved:
+            found.append(f"{_family(pattern, dtype, head_dim, threads)}: {', '.join(moved)}")
     return found
 
 

@@ -334,8 +334,27 @@ def test_calibration_finds_rates_and_crossings(one_core, monkeypatch):
         assert times[chosen] <= 1.05 * min(times.values()) + 10_000
     assert window.low and window.high
     changed = calibration.changes(rates.GENERIC, known)
-    assert any(WINDOW in line and line.endswith("-> dense") for line in changed)
+    assert any(WINDOW in line and "-> dense" in line for line in changed)
     assert not calibration.changes(known, known)
+
+
+def test_rates_that_predict_badly_are_left_out(one_core, monkeypatch):
+    class Erratic(FakeMachine):
+        def _seconds(self, case):
+            candidate_s, baseline_s = super()._seconds(case)
+            erratic = case.args.get("impl") == "tile" and case.args["dtype"] in self.erratic
+            return candidate_s * (10 ** self.random.uniform(-1, 1) if erratic else 1), baseline_s
+
+    monkeypatch.setattr(calibration, "DTYPES", ("float32", "bfloat16"))
+    machine = Erratic(SLOW_CALLS)
+    machine.erratic = {"bfloat16"}
+    monkeypatch.setattr(race_module, "run_worker", machine)
+    data = calibration.calibrate(1000.0, Silent())
+    assert [entry["dtype"] for entry in data["rates"]] == ["float32"]
+    assert "left out: they predict too badly" in calibration.report(data)
+    machine.erratic = {"float32", "bfloat16"}
+    with pytest.raises(calibration.TooDisturbed, match="no rates of float32"):
+        calibration.calibrate(1000.0, Silent())
 
 
 def test_a_wrong_engine_or_a_busy_machine_writes_nothing(one_core, folder, monkeypatch, capsys):

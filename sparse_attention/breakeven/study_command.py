@@ -66,9 +66,9 @@ def _study(options) -> int:
         _append(path, as_dict(study))
     crossings, rows = study.crossings(), study.results()
     print(study_table.headline(study))
-    print(study_table.text(crossings))
+    if crossings:
+        print(study_table.text(crossings))
     if rows:
-        print()
         print(study_table.published_text(rows))
     verdicts = [probe.verdict for found in crossings for probe in found.probes]
     verdicts += [found.verdict for _, results in rows for found in results]

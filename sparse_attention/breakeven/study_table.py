@@ -77,7 +77,7 @@ def published_text(rows: Iterable[tuple[Published, list[Result]]]) -> str:
     """Printed figures and, beside them, the fastest candidate measured here."""
     rows = list(rows)
     columns = list(dict.fromkeys(name for row, _ in rows for name in row.figures))
-    table = [["row", *columns, "dense here", "sparse here", "speedup here", "candidate"]]
+    table = [["row", *columns, "dense here", "sparse here", "speedup here", "candidate", ""]]
     for row, found in rows:
         timed = [r for r in found if r.interval is not None and r.interval.blocks > 1]
         cells = [row.id, *(row.figures.get(name, "-") for name in columns)]
@@ -85,9 +85,9 @@ def published_text(rows: Iterable[tuple[Published, list[Result]]]) -> str:
             best = max(timed, key=lambda r: r.speedup)
             interval = best.interval
             speedup = f"{interval.speedup:.2f}x [{interval.low:.2f}, {interval.high:.2f}]"
-            cells += [seconds(best.baseline_s), seconds(best.candidate_s), speedup, best.id.rpartition("/")[2]]
+            cells += [seconds(best.baseline_s), seconds(best.candidate_s), speedup, best.id.rpartition("/")[2], best.reason]
         else:
-            cells += ["-", "-", found[0].verdict.value, found[0].reason]
+            cells += ["-", "-", found[0].verdict.value, "", found[0].reason]
         table.append(cells)
     widths = [max(len(row[c]) for row in table) for c in range(len(table[0]))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in table)
