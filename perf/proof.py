@@ -33,7 +33,8 @@ def only(name: str, pattern: str, sizes: dict, build: str = "forward", causal: b
 
 INJECTED = [
     injected("window256/2k", "SlidingWindow(256)", shape(4, 2 * K, 64)),
-    injected("strided64/2k", "Strided(64)", shape(2, 2 * K, 64)),
+    injected("window512/2k/128", "SlidingWindow(512)", shape(2, 2 * K, 128)),
+    only("strided64/2k", "Strided(64)", shape(2, 2 * K, 64)),
     only("bigbird/2k", "BigBird()", shape(2, 2 * K, 64), causal=False),
     only("logsparse/2k", "LogSparse()", shape(4, 2 * K, 64), impl="gather"),
     only("window256/1k/backward", "SlidingWindow(256)", shape(4, K, 64), build="backward"),
