@@ -125,7 +125,7 @@ def test_a_race_against_a_revision_says_so():
     rows = changed(report)
     assert list(rows) == [NAMES[0], NAMES[2]]
     assert rows[NAMES[2]].remark.startswith("the kernel is ") and rows[NAMES[2]].remark.endswith(" % faster than in the base")
-    assert build(against_revision({})).sentence == f"all {len(WINNING)} cases at least 0.97x as fast as 0123456789"
+    assert build(against_revision({})).sentence == f"all {len(WINNING)} cases are at least 0.97x as fast as 0123456789"
 
 
 def test_both_gates_in_one_report():

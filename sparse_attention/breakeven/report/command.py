@@ -1,4 +1,4 @@
-"""The commands `report` and `comment`."""
+"""The commands `report`, `comment` and `publish`."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import webbrowser
 from collections.abc import Callable
 from pathlib import Path
 
+from .. import publish
 from ..store import Run
 from ..verdict import ExitCode
 from . import sticky
 
 
 def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
-    """Add both; `command` adds one of name, function, parents and text."""
+    """Add them; `command` adds one of name, function, parents and text."""
     report = command("report", _report, [], "one HTML file, and markdown for a pull request, about a stored run")
     report.add_argument("run", metavar="RUN.json", help="a run stored by run, gate or study")
     report.add_argument("--history", metavar="DIR", help="stored runs of this machine class and power curves, at any depth")
@@ -28,12 +29,19 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     report.add_argument("--open", action="store_true", help="show the HTML in a browser")
     report.add_argument("--github", action="store_true", help="annotate, and append to the summary of the job")
 
-    posting = command("comment", _comment, [], "post a report on its pull request, or update what was posted; needs gh, the GitHub CLI")
+    posting = command("comment", _comment, [], "post a report on its pull request, or update what was posted; needs gh")
     posting.add_argument("folder", metavar="DIR", help=f"holds {sticky.FILE}; where it does not, the comment says so")
     posting.add_argument("--head", required=True, metavar="SHA", help="head commit of the pull request")
     posting.add_argument("--repository", default=os.environ.get("GITHUB_REPOSITORY", ""), metavar="OWNER/NAME")
     posting.add_argument("--link", default="", metavar="URL", help="the run of the workflow that measured")
     posting.add_argument("--dry-run", action="store_true", help="show the comment")
+
+    sharing = command("publish", _publish, [], "share results through a branch of the repository that holds nothing else")
+    sharing.add_argument("runs", nargs="*", metavar="RUN.json", help="store these runs by machine class first")
+    sharing.add_argument("--results", default=publish.FOLDER, metavar="DIR", help="where results are kept")
+    sharing.add_argument("--branch", default=publish.BRANCH, metavar="NAME")
+    sharing.add_argument("--remote", default="origin", metavar="NAME")
+    sharing.add_argument("--pull", action="store_true", help="only bring what is missing here; push nothing")
 
 
 def _report(options) -> int:
@@ -72,7 +80,9 @@ def _build(options):
     history.powers += [Power.load(path) for path in options.power]
     curves = [curve for path in dict.fromkeys([options.run, *options.study]) for curve in of_study(path)]
     found = build(run, Run.load(options.base) if options.base else None, history, curves)
-    if options.against:
+    if options.against and not Path(options.against).exists():
+        found.notes.append("the race against the base revision left no file")
+    elif options.against:
         found.against = build(Run.load(options.against))
         if not found.against.revision:
             raise ValueError(f"--against must be a run of `gate --base`, got {options.against!r}")
@@ -87,6 +97,12 @@ def _comment(options) -> int:
     if options.repository.count("/") != 1:
         raise ValueError(f"--repository must be owner/name, got {options.repository!r}")
     print(sticky.post(options.repository, options.head, body))
+    return ExitCode.OK
+
+
+def _publish(options) -> int:
+    for line in publish.run_command(options.runs, options.results, options.branch, options.remote, options.pull):
+        print(line)
     return ExitCode.OK
 
 

@@ -172,8 +172,8 @@ def sentence(found: Sequence[Result], settings: Mapping[str, Any]) -> str:
     if not passed:
         return "nothing was measured"
     if settings.get("base"):
-        floor = min(r.floor for r in found)
-        return f"{'all' if passed > 1 else 'the'} {passed} case{'s' * (passed > 1)} at least {floor:.3g}x as fast as {settings['base'][:10]}"
+        who = f"all {passed} cases are" if passed > 1 else "the one case is"
+        return f"{who} at least {min(r.floor for r in found):.3g}x as fast as {settings['base'][:10]}"
     return f"all {passed} cases are at or above their floor" if passed > 1 else "the one case is at or above its floor"
 
 

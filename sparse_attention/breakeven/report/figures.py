@@ -138,10 +138,9 @@ def history(found: Series, key: str) -> Picture:
         colour = COLOURS["good" if step.speedup > 1 else "bad"]
         axes.axvline(step.index - 0.5, color=colour, linewidth=1.5, linestyle=(0, (3, 2)))
         right = step.index > len(points) / 2
-        axes.annotate(
-            f"{100 * (step.speedup - 1):+.0f} %", (step.index - 0.5, 1), (-5 if right else 5, 9), xycoords=("data", "axes fraction"),
-            textcoords="offset points", ha="right" if right else "left", va="top", color=colour, fontweight="bold", fontsize=11,
-        )  # fmt: skip
+        place = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "va": "top", "ha": "right" if right else "left"}
+        text = f"{100 * (step.speedup - 1):+.0f} %"
+        axes.annotate(text, (step.index - 0.5, 1), (-5 if right else 5, 9), **place, color=colour, fontweight="bold", fontsize=11)
     shown = sorted({0, len(points) - 1, *(step.index for step in found.steps)})
     ticks(axes.xaxis, apart(shown, len(points) / 4.5), lambda i: points[round(i)].label)
     rows = tuple(

@@ -111,7 +111,7 @@ def read(folder: str | os.PathLike, machine_class: str) -> History:
 
 
 def series(runs: Iterable[Run], run: Run) -> list[Series]:
-    """For each case of `run`, the stored runs that raced the same thing in the same way; and `run`, after them, if it is not stored.
+    """For each case of `run`, the stored runs that raced the same thing in the same way, and `run` itself if it is not stored.
 
     Steps are looked for among stored runs: the last point of the series of a pull request is no history yet.
     """

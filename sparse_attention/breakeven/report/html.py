@@ -26,6 +26,7 @@ def page(report: Report) -> str:
     """The whole document."""
     try:
         import jinja2
+        import matplotlib  # noqa: F401
     except ImportError as error:
         raise ImportError("an HTML report needs jinja2 and matplotlib: pip install 'sparse_attention[perf]'") from error
     folder = resources.files(__package__)
@@ -48,14 +49,14 @@ def sections(report: Report) -> list[Section]:
     return [
         Section(
             "Where it breaks even",
-            "Speedup over the baseline, with 95 % intervals. The line at 1x is break-even; shaded in yellow, where the two cannot "
-            "be told apart.",
+            "Speedup over the baseline, with 95 % intervals. The line at 1x is break-even; in the shaded range the two cannot be "
+            "told apart.",
             _drawn("curve", figures.curve, report.curves),
         ),
         Section(
             "Work done in the time",
-            "Useful FLOP/s of the candidate (filled) and, for the same useful work, of the baseline (hollow); grey, the best matrix "
-            "product and copy that this run saw. The distance between the two is the speedup.",
+            "Useful FLOP/s of the candidate (filled) and, for the same useful work, of the baseline (hollow): the distance is the "
+            "speedup. In grey, the best matrix product and copy that this run saw.",
             _drawn("roofline", figures.roofline, report.rooflines),
         ),
         Section(
@@ -67,7 +68,7 @@ def sections(report: Report) -> list[Section]:
         ),
         Section(
             "What this gate finds",
-            "Share of gates that found a slowdown of known size, with 95 % intervals. At 0 % there is nothing to find: false alarms.",
+            "Share of gates that found a slowdown of known size, with 95 % intervals. What is found at 0 % is a false alarm.",
             _drawn("power", figures.power, [part for power in report.history.powers for part in _parts(power)]),
         ),
     ]

@@ -80,7 +80,9 @@ def _folded(summary: str, text: str) -> str:
 
 def _plain(text: str) -> str:
     """Free text, such as an error message, without effect on the markup around it."""
-    return " ".join(text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("`", "'").replace("@", "@\u200b").split())
+    for character, harmless in {"&": "&amp;", "<": "&lt;", ">": "&gt;", "`": "'", "@": "@\u200b"}.items():
+        text = text.replace(character, harmless)
+    return " ".join(text.split())
 
 
 def _cut(parts: list[str]) -> str:

@@ -61,7 +61,8 @@ def _cells(row: Row, axis: tuple[float, float]) -> Cells:
     detects = f"{100 * found.detects:.2g} %" if found.detects is not None and math.isfinite(found.detects) else ""
     baseline = f"limit {seconds(found.limit_s)}" if found.limit_s is not None else seconds(found.baseline_s)
     times = f"{baseline}, {seconds(found.candidate_s)}" if found.candidate_s is not None else ""
-    return Cells(found.id, speedup, f"{found.floor:.3g}x", detects, times, _memory(found), found.verdict.value, _remarks(row), bar)
+    floor = f"{found.floor:.3g}x"
+    return Cells(found.id, speedup, floor, detects, times, _memory(found), found.verdict.value, _remarks(row), bar)
 
 
 def _remarks(row: Row) -> tuple[str, ...]:
