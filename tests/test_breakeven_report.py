@@ -250,6 +250,9 @@ def test_rooflines_count_useful_work():
     assert spot.rate / spot.baseline_rate == pytest.approx(result.baseline_s / result.candidate_s)
     assert found.flops_per_s == pytest.approx(80e9) and found.bytes_per_s == pytest.approx(20e9)
     assert found.share(spot) == pytest.approx(spot.rate / min(80e9, 20e9 * spot.intensity))
+    for block in run.records[WINNING[0].id].blocks:
+        block.clean = [False] * len(block.clean)
+    assert [s.id for s in build(run).rooflines[0].spots] == NAMES[1:]
     for record in run.records.values():
         record.scout["work"] = {}
     assert build(run).rooflines == []

@@ -38,12 +38,15 @@ class Roofline:
 
 
 def rooflines(run: Run, results: Sequence[Result]) -> list[Roofline]:
-    """One for each dtype whose cases state their FLOPs and bytes; the ceilings are those that the run's anchors reached."""
+    """One for each dtype whose cases state their FLOPs and bytes; the ceilings are those that the run's anchors reached.
+
+    Cases without an undisturbed block are left out.
+    """
     spots: dict[str, list[Spot]] = {}
     for found in results:
         record = run.records[found.id]
         work = record.scout.get("work") or {}
-        if not (found.candidate_s and work.get("flops") and work.get("bytes")):
+        if not (found.interval and work.get("flops") and work.get("bytes")):
             continue
         flops, moved = work["flops"], work["bytes"]
         baseline_rate = flops / found.baseline_s if found.baseline_s and record.case.limit_s is None else None
