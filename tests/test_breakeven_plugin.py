@@ -105,13 +105,12 @@ def test_what_would_judge_nothing_is_refused(session, option):
     found.stderr.fnmatch_lines([f"ERROR: {option} would judge nothing*"])
 
 
-def test_xdist_is_refused(session, pytester):
-    pytester.makeconftest(
-        "def pytest_addoption(parser):\n    parser.addoption('--numprocesses', type=int)\n"  # as xdist names it
-    )
-    found = session(table("case('quick')"), "--numprocesses", "2")
-    assert found.ret == 4
-    found.stderr.fnmatch_lines(["*run them without xdist*"])
+@pytest.mark.parametrize("source", [table("case('quick')"), PAIR.format(slow=3e-3, fault="", floor=1.0)])
+def test_xdist_is_refused(session, pytester, source):
+    pytester.makeconftest("def pytest_configure(config):\n    config.workerinput = {}\n")  # as in a worker of xdist
+    found = session(source)
+    assert found.ret == 1
+    found.stdout.fnmatch_lines(["*run them without xdist*"])
 
 
 def test_listing_tests_measures_nothing(session):

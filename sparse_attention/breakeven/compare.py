@@ -42,7 +42,7 @@ class Comparisons:
             for number in range(self._policy.blocks):
                 progress.status(f"block {number + 1} of {self._policy.blocks}+ of {len(self.nodes)} tests")
                 self._block(list(self.nodes))
-                if self.records and all(r.error is not None for r in self.records.values()):
+                if self._hopeless(number + 1):
                     break
         record = self.records.setdefault(key, Record(case))
         record.case = case
@@ -51,13 +51,19 @@ class Comparisons:
         if not record.blocks and record.error is None:
             record.error = f"run again in a fresh process, the test did not reach breakeven(): {self._said}"
         record.scout = {"status": "ok", "baselines": {"baseline": 0.0}}
-        spare = 2 * self._policy.blocks  # in place of disturbed ones
+        spare = self._policy.blocks if any(b.valid for b in record.blocks) else 0  # in place of disturbed ones
         while record.error is None and judge_record(record, self._policy).more and spare:
             before = sum(b.valid for b in record.blocks)
             progress.status(f"block {len(record.blocks) + 1} of {key}")
             self._block([node])
             spare -= sum(b.valid for b in record.blocks) == before
         return result(record, self._policy)
+
+    def _hopeless(self, blocks: int) -> bool:
+        """Every comparison is wrong, or had three blocks and not one of them was quiet."""
+        records = self.records.values()
+        noisy = blocks >= 3 and not any(b.valid for r in records for b in r.blocks)
+        return bool(records) and (noisy or all(r.error is not None for r in records))
 
     def _block(self, nodes: Sequence[str]) -> None:
         number = max((len(r.blocks) for r in self.records.values()), default=0)

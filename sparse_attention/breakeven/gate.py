@@ -51,6 +51,7 @@ class Gate:
         """Measure everything selected, once; hand this half's times to pytest-benchmark; judge in the sparse half."""
         if impl not in ("dense", "sparse"):
             raise ValueError(f"impl must be 'dense' or 'sparse', got {impl!r}")
+        self._refuse_company()
         if self._run is None:
             self._measure({**self._cases, case.id: case})
         found = self._raced[case.id]
@@ -68,6 +69,7 @@ class Gate:
         if self._worker:
             self._worker.block(key, workload)
             return Result(key, Verdict.INCONCLUSIVE, floor)
+        self._refuse_company()
         with self._shown() as progress:
             found = self._comparisons.judge(key, request.node.nodeid, case, progress)
         self._compared[key] = found
@@ -186,10 +188,12 @@ class Gate:
                 pytrace=False,
             )
 
+    def _refuse_company(self) -> None:
+        if hasattr(self._config, "workerinput"):  # in a worker of xdist, where a usage error would be an internal one
+            pytest.fail("break-even tests time one thing at a time: run them without xdist (-n 0)", pytrace=False)
+
     def _refuse_what_would_judge_nothing(self) -> None:
         option = self._config.option
-        if hasattr(self._config, "workerinput") or getattr(option, "numprocesses", None):
-            raise pytest.UsageError("break-even tests time one thing at a time: run them without xdist (-n 0)")
         for name in ("benchmark_disable", "benchmark_skip"):
             if getattr(option, name, False):
                 flag = "--" + name.replace("_", "-")
