@@ -7,11 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from sparse_attention.breakeven import Verdict, regression, revision
+from sparse_attention.breakeven import Case, Race, Sequential, Settings, Unavailable, Verdict, regression, results, revision
 from sparse_attention.breakeven.cli import main
+from sparse_attention.breakeven.progress import Silent
 from sparse_attention.breakeven.result import Result
 from sparse_attention.breakeven.statistics import interval
 from tests import breakeven_toys as toys
@@ -251,6 +253,24 @@ def test_both_sides_read_the_same_tensors():
         regression._share_inputs([torch.zeros(2)], [ours])
 
 
+@pytest.mark.parametrize(
+    "one, other, alike",
+    [
+        (torch.tensor([1.0, 2.0]), torch.tensor([1.001, 2.0]), True),
+        (torch.tensor([1.0, 2.0]), torch.tensor([1.1, 2.0]), False),
+        (torch.tensor([1.0, float("nan")]), torch.tensor([1.0, 2.0]), False),
+        (torch.tensor([1.0]), torch.tensor([1.0, 1.0]), False),
+        ((torch.ones(3), torch.ones(2)), [torch.ones(3), torch.ones(2)], True),
+        ((torch.ones(3), torch.ones(2)), (torch.ones(3), torch.zeros(2)), False),
+        ((), (), False),
+        (np.ones(3), np.ones(3), True),
+        ("text", "text", False),
+    ],
+)
+def test_a_less_exact_base_still_does_the_same_work(one, other, alike):
+    assert regression._within_a_percent(one, other) is alike
+
+
 def found(speedup, sd, verdict=Verdict.PASS):
     logs = [torch.tensor(speedup).log().item() + x * sd for x in (-1.2, -0.6, 0.0, 0.6, 1.2)]
     seen = interval(logs, 0.05)
@@ -348,3 +368,20 @@ def test_pytest_against_a_base_revision(repository):
     assert re.search(r"case +base +head", found.stdout) and "the kernel moved: " in found.stdout
     found = session("--breakeven-base", "nowhere")
     assert found.returncode == 4 and "no revision 'nowhere'" in found.stderr
+
+
+def leaving(mark):
+    """A workload that can be built once."""
+    if os.path.exists(mark):
+        raise Unavailable("it was here a moment ago")
+    Path(mark).touch()
+    return toys.doubling()
+
+
+def test_what_is_not_there_in_a_block_is_not_evaluated_rather_than_wrong(tmp_path):
+    case = Case("leaving", f"{__name__}:leaving", {"mark": str(tmp_path / "mark")})
+    settings = Settings(budget_s=20.0, policy=Sequential((2,)), device=toys.DEVICE)
+    run = Race([case, toys.case("quick")], settings, Silent()).execute()
+    found = {r.id: r for r in results(run, settings.policy)}
+    assert (found["leaving"].verdict, found["leaving"].reason) == (Verdict.NOT_EVALUATED, "it was here a moment ago")
+    assert found["quick"].verdict is Verdict.PASS

@@ -81,7 +81,7 @@ def block(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
     """One block of every case: check, measure, check again."""
     start = Usage.now(with_steal=True)
     clock = kind(job["device"])()
-    loaded, errors = {}, {}
+    loaded, errors, unavailable = {}, {}, {}
     cases = _cases(job)
     for case in cases:
         emit(case=case.id, doing=f"checking {case.id}")
@@ -89,9 +89,11 @@ def block(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
             loaded[case.id] = case.load()
             check(loaded[case.id])
             _prepare(loaded[case.id], job["baseline"][case.id])
+        except Unavailable as error:
+            unavailable[case.id] = str(error)
         except Exception as error:
             errors[case.id] = summary(error)
-    entries = [_entry(case, loaded[case.id], job) for case in cases if case.id in loaded and case.id not in errors]
+    entries = [_entry(case, loaded[case.id], job) for case in cases if case.id not in {**errors, **unavailable}]
     ready = Usage.now(with_steal=True)
     plans = {group: GroupPlan(**plan) for group, plan in job["plans"].items()}
     samples, anchor = {}, Anchor(job["device"], clock)
@@ -109,6 +111,7 @@ def block(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
     return {
         "samples": {name: vars(s) for name, s in samples.items() if name not in errors},
         "errors": errors,
+        "unavailable": unavailable,
         "evidence": {
             "ready_s": ready.since(start).wall_s,
             "measured_s": measured.wall_s,
