@@ -238,6 +238,10 @@ def test_curves_of_a_stored_study(tmp_path):
     run.save(path)
     path.write_text(json.dumps({**json.loads(path.read_text()), "crossings": [c.crossing.as_dict() for c in curves]}))
     assert [(c.axis, c.crossing) for c in of_study(path)] == [(c.axis, c.crossing) for c in curves]
+    assert main(["report", str(path), "--md", str(tmp_path / "study.md")]) == 0
+    text = (tmp_path / "study.md").read_text()
+    assert "STUDY\n\n2 families: 1 with a crossing, 1 faster at every size." in text
+    assert "breakeven study --threads 1\n" in text and f"<summary>{len(CASES)} sizes measured</summary>" in text
 
 
 def test_rooflines_count_useful_work():
@@ -264,7 +268,7 @@ def test_markdown_shows_what_changed_and_folds_the_rest(base):
     assert text.startswith(f"{MARK}\n\n### Break-even: ❌ WRONG\n\n1 of ")
     table, _, rest = text.partition("<details>")
     assert [line.split("`")[1] for line in table.splitlines() if line.startswith("| `")] == [NAMES[3], NAMES[2], NAMES[1], NAMES[0]]
-    assert f"<summary>{len(WINNING) - 4} unchanged cases</summary>" in rest
+    assert f"<summary>{len(WINNING) - 4} unchanged</summary>" in rest
     assert f"--cases {NAMES[3]}" in rest and "[The whole report](https://example.org/report.html)" in rest
     assert rest.count("<details>") + 1 == rest.count("</details>")
 

@@ -71,19 +71,21 @@ def _report(options) -> int:
 
 def _build(options):
     from ..power import Power
-    from .content import build
+    from . import content
     from .curves import of_study
     from .history import History, read
 
     run = Run.load(options.run)
     history = read(options.history, run.machine["class"]) if options.history else History()
     history.powers += [Power.load(path) for path in options.power]
-    curves = [curve for path in dict.fromkeys([options.run, *options.study]) for curve in of_study(path)]
-    found = build(run, Run.load(options.base) if options.base else None, history, curves)
+    curves = [curve for path in options.study for curve in of_study(path)]
+    if own := of_study(options.run):
+        return content.of_study(run, [*own, *curves], history)
+    found = content.build(run, Run.load(options.base) if options.base else None, history, curves)
     if options.against and not Path(options.against).exists():
         found.notes.append("the race against the base revision left no file")
     elif options.against:
-        found.against = build(Run.load(options.against))
+        found.against = content.build(Run.load(options.against))
         if not found.against.revision:
             raise ValueError(f"--against must be a run of `gate --base`, got {options.against!r}")
     return found

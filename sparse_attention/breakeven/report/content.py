@@ -53,6 +53,7 @@ class Report:
     series: list[Series] = field(default_factory=list)
     history: History = field(default_factory=History)
     against: Report | None = None  # the same cases raced against a base revision
+    is_study: bool = False  # its cases are sizes of a search: that some lose is no failure
 
     @property
     def revision(self) -> str:
@@ -66,6 +67,8 @@ class Report:
 
     @property
     def verdict(self) -> str:
+        if self.is_study:
+            return STUDY
         held_back = self.run.settings.get("unjudged") and self.code in (ExitCode.NOT_EVALUATED, ExitCode.NOTHING_CHECKED)
         return NOT_JUDGED if held_back else _VERDICTS[self.code]
 
@@ -73,6 +76,12 @@ class Report:
     def labels(self) -> tuple[str, str]:
         """What the two sides are called."""
         return regression.LABELS if self.revision else table.LABELS
+
+    @property
+    def rest(self) -> str:
+        """What the unchanged rows are, in words."""
+        what = "sizes measured" if self.is_study else "unchanged" if self.base or self.revision else "passed"
+        return f"{len(self.unchanged)} {what}"
 
     @property
     def machine(self) -> str:
@@ -85,10 +94,12 @@ class Report:
     @property
     def command(self) -> str:
         """What measures the changed cases again, or all where none changed."""
+        if self.is_study:
+            return command(self.run, [], "study")
         return command(self.run, [row.result.id for row in self.changed])
 
 
-NOT_JUDGED = "NOT JUDGED"
+NOT_JUDGED, STUDY = "NOT JUDGED", "STUDY"
 _SEVERITY = [
     ExitCode.WRONG,
     ExitCode.BELOW_BREAK_EVEN,
@@ -138,6 +149,25 @@ def build(run: Run, base: Run | None = None, history: History | None = None, cur
     )
 
 
+def of_study(run: Run, curves: Sequence[Curve], history: History) -> Report:
+    """About a stored study, whose own `curves` come first."""
+    found = results(run, policy_of(run.settings))
+    outcomes = [curve.crossing.outcome for curve in curves]
+    parts = [f"{outcomes.count(outcome)} {words}" for outcome, words in _OUTCOMES.items() if outcome in outcomes]
+    said = f"{len(curves)} famil{'ies' if len(curves) > 1 else 'y'}: {', '.join(parts)}"
+    rows = [Row(r) for r in found]
+    return Report(run, found, ExitCode.OK, said, [], rows, curves=[*curves], history=history, is_study=True)
+
+
+_OUTCOMES = {
+    "crosses": "with a crossing",
+    "always": "faster at every size",
+    "never": "slower at every size",
+    "islands": "faster at some sizes only",
+    "unknown": "undecided",
+}
+
+
 def policy_of(settings: Mapping[str, Any]) -> Policy:
     """The policy that a stored run was measured for."""
     stored = dict(settings["policy"])
@@ -185,7 +215,7 @@ _WORDS = {
 }
 
 
-def command(run: Run, names: Sequence[str]) -> str:
+def command(run: Run, names: Sequence[str], name: str = "gate") -> str:
     """A command line that measures `names` as `run` did; what is the default is left out."""
     settings, policy = run.settings, policy_of(run.settings)
     sequential = isinstance(policy, Sequential)
@@ -193,13 +223,13 @@ def command(run: Run, names: Sequence[str]) -> str:
         "--base": settings.get("base"),
         "--table": settings.get("table"),
         "--sizes": "full" if any("full" in run.records[name].case.tags for name in (names or run.records)) else None,
-        "--policy": "sequential" if sequential else None,
-        "--alpha": f"{policy.alpha if sequential else policy.second_alpha:g}",
+        "--policy": "sequential" if sequential and name == "gate" else None,
+        "--alpha": f"{policy.alpha if sequential else policy.second_alpha:g}" if name == "gate" else None,
         "--budget": f"{settings['budget_s']:g}s",
         "--device": settings["device"],
         "--threads": str(settings["threads"]),
     }
-    words = ["python", "-m", "sparse_attention.breakeven", "gate"]
+    words = ["python", "-m", "sparse_attention.breakeven", name]
     for option, value in options.items():
         if value and _DEFAULTS.get(option) != value:
             words += [option, value]

@@ -41,8 +41,7 @@ def _gate(report: Report) -> list[str]:
     elif report.base:
         parts.append("No case changed.")
     if report.unchanged:
-        name = "unchanged" if report.base or report.revision else "passing"
-        parts.append(_folded(f"{len(report.unchanged)} {name} cases", _table(report.unchanged, report.labels)))
+        parts.append(_folded(report.rest, _table(report.unchanged, report.labels)))
     return [*parts, _folded("Measure again", f"```\n{report.command}\n```")]
 
 
@@ -54,6 +53,7 @@ _SIGNS = {
     "NOT EVALUATED": "⚠️",
     "INCONCLUSIVE": "⚠️",
     "NOT JUDGED": "ℹ️",
+    "STUDY": "ℹ️",
 }
 
 
