@@ -155,7 +155,7 @@ def of_study(run: Run, curves: Sequence[Curve], history: History) -> Report:
     outcomes = [curve.crossing.outcome for curve in curves]
     parts = [f"{outcomes.count(outcome)} {words}" for outcome, words in _OUTCOMES.items() if outcome in outcomes]
     said = f"{len(curves)} famil{'ies' if len(curves) > 1 else 'y'}: {', '.join(parts)}"
-    rows = [Row(r) for r in found]
+    rows = [Row(r) for r in found if run.records[r.id].blocks or not run.records[r.id].ready]  # others were not asked for
     return Report(run, found, ExitCode.OK, said, [], rows, curves=[*curves], history=history, is_study=True)
 
 
