@@ -45,6 +45,14 @@ def test_alarms_vanish_below_the_true_floor_and_slowdowns_are_found():
     assert disjoint(slow, logs, TEN).runs == 6
 
 
+def test_repeated_gates_err_as_often_as_the_rule_says():
+    rng, shares = random.Random(1), []
+    for _ in range(40):
+        logs = noise(rng, 60)
+        shares.append(rate(logs, logs, TEN, 100, rng, "repeated").share)
+    assert 0.003 < sum(shares) / len(shares) < 0.025
+
+
 def test_the_floor_is_never_from_the_judged_blocks():
     """A block that is far off lowers its own gate's mean, but not that gate's floor."""
     logs = [1.0] * 30 + [-50.0]
@@ -123,7 +131,7 @@ def test_a_session_knows_what_was_injected():
 @pytest.fixture(scope="module")
 def proof():
     items = [injected("a"), injected("b", slowdowns=())]
-    sessions = [s for n, item in enumerate(items) for s in sessions_of(run_of(item, seed=n), [item])]
+    sessions = [s for n, item in enumerate(items) for s in sessions_of(run_of(item, blocks=45, seed=n), [item])]
     return analyse(sessions, MACHINE, 1, runs=40)
 
 
@@ -133,8 +141,8 @@ def test_small_slowdowns_are_missed_and_large_ones_found(proof):
         assert shares[0] < 0.1 and shares[-1] == 1.0 and shares[-2] > 0.95
     assert proof.power["regression"]["a"][0.1].share == 1.0 and proof.power["regression"]["a"][0.02].share < 0.2
     assert set(proof.alarms["two-stage"]["in order"]) == {"a", "b"} and set(proof.alarms["regression"]["shuffled"]) == {"a"}
-    assert proof.suites["two-stage"][0.05].caught == 0
-    assert proof.disjoint["10 blocks"][0.5].runs == proof.disjoint["10 blocks"][0.5].caught == 3
+    assert proof.suites["two-stage"]["repeated"][0.05].caught == 0
+    assert proof.disjoint["10 blocks"][0.5].runs == proof.disjoint["10 blocks"][0.5].caught == 4
 
 
 def test_a_short_session_proves_nothing():
@@ -150,6 +158,7 @@ def test_a_proof_survives_the_disk(proof, tmp_path):
     assert [p.rpartition("/")[2] for p in paths] == [
         "certificate-2026-01-02.json",
         "proof-two-stage-2026-01-02.json",
+        "proof-two-stage-0.3-2026-01-02.json",
         "proof-sequential-2026-01-02.json",
         "proof-10-blocks-2026-01-02.json",
         "proof-regression-2026-01-02.json",
@@ -157,7 +166,7 @@ def test_a_proof_survives_the_disk(proof, tmp_path):
     sessions, machine, threads, controls = load_sessions(paths[0])
     assert (machine["class"], threads, controls) == ("cpu/zen4/2c", 1, ())
     assert sessions[0].speedup[0.05] == pytest.approx(proof.sessions[0].speedup[0.05], rel=1e-5)
-    curve = Power.load(paths[3])
+    curve = Power.load(paths[4])
     assert [p.slowdown for p in curve.curves()["a"]] == list(SLOWDOWNS)
     assert (curve.policy["blocks"], curve.policy["threads"]) == (10, 1)
     with pytest.raises(ValueError, match="is not a stored proof"):
@@ -173,7 +182,7 @@ def test_the_page_has_one_block_a_class(proof, tmp_path):
     text = page.read_text()
     assert "Words of ours." in text and "one by now" in text and "none yet" not in text
     assert text.count("## cpu/zen4/2c") == 1
-    for said in ("2026-01-02", "commit aaaaaaaaaa", "1 thread,", "False alarms", "Detection", "| `a` | 30 |", "5 % below"):
+    for said in ("2026-01-02", "commit aaaaaaaaaa", "1 thread,", "False alarms", "Detection", "| `a` | 45 |", "5 % below"):
         assert said in text, said
     assert "two-stage: false alarms" in summary(proof)
 

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import random
+import re
 import statistics as _stdlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,7 +19,7 @@ from typing import Any
 from .case import Case
 from .power import Power, PowerPoint
 from .regression import FLOOR
-from .resampling import POLICIES, Order, Rate, blocks_needed, disjoint, pooled, rate, suites
+from .resampling import ORDERS, POLICIES, Rate, blocks_needed, disjoint, pooled, rate, suites
 from .result import block_logs
 from .statistics import block_log_speedup, interval
 from .store import Block, Record, Run
@@ -69,10 +70,10 @@ class Proof:
     machine: Mapping[str, Any]
     threads: int
     sessions: tuple[Session, ...]
-    alarms: Mapping[str, Mapping[str, Any]]  # gate -> order or margin -> case -> Rate
+    alarms: Mapping[str, Mapping[str, Mapping[str, Rate]]]  # gate -> order -> case -> Rate
     power: Mapping[str, Mapping[str, Mapping[float, Rate]]]  # gate -> case -> slowdown -> Rate
     disjoint: Mapping[str, Mapping[float, Rate]]  # gate -> slowdown -> gates that share no block, all cases
-    suites: Mapping[str, Mapping[float, Rate]]  # gate -> floor's distance -> suites of 50 cases with an alarm
+    suites: Mapping[str, Mapping[str, Mapping[float, Rate]]]  # gate -> order -> floor's distance -> suites of 50 cases that fail
     controls: tuple[Mapping[str, Any], ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
@@ -122,13 +123,12 @@ def analyse(
     if short or not sessions:
         raise ValueError(f"every case needs {longest + 2} or more valid blocks; {', '.join(short) or 'nothing was measured'}")
     rng = random.Random(seed)
-    alarms: dict[str, dict[str, Any]] = {}
+    alarms: dict[str, dict[str, dict[str, Rate]]] = {}
     power: dict[str, dict[str, dict[float, Rate]]] = {}
     apart: dict[str, dict[float, Rate]] = {}
     for gate, policy in POLICIES.items():
         tell(f"drawing gates: {gate}")
-        orders: tuple[Order, Order] = ("shuffled", "in order")
-        alarms[gate] = {o: {s.case: rate(*2 * (s.speedup[0.0],), policy, runs, rng, o) for s in sessions} for o in orders}
+        alarms[gate] = {o: {s.case: rate(*2 * (s.speedup[0.0],), policy, runs, rng, o) for s in sessions} for o in ORDERS}
         power[gate] = {s.case: _power(s, policy, runs, rng) for s in sessions if len(s.speedup) > 1}
         apart[gate] = _apart(sessions, lambda s, x: disjoint(s.speedup[x], s.speedup[0.0], policy))
     tell(f"drawing gates: {REGRESSION}")
@@ -136,7 +136,7 @@ def analyse(
     twins = [s for s in sessions if 0.0 in s.against_plain]
     alarms[REGRESSION] = {
         order: {s.case: rate(s.against_plain[0.0], s.against_plain[0.0], policy, runs, rng, order, floor=FLOOR) for s in twins}
-        for order in ("shuffled", "in order")
+        for order in ORDERS
     }
     power[REGRESSION] = {
         s.case: {x: rate(logs, logs, policy, runs, rng, floor=FLOOR) for x, logs in s.against_plain.items()} for s in twins
@@ -144,7 +144,11 @@ def analyse(
     apart[REGRESSION] = _apart(twins, lambda s, x: disjoint(s.against_plain[x], s.against_plain[x], policy, floor=FLOOR))
     tell("drawing suites of 50 cases")
     pools = [s.speedup[0.0] for s in sessions]
-    many = {gate: {b: suites(pools, policy, max(runs // 2, 10), rng, below=b) for b in BELOW} for gate, policy in POLICIES.items()}
+    count = max(runs // 2, 10)
+    many = {
+        gate: {order: {b: suites(pools, policy, count, rng, order, b) for b in BELOW} for order in ("shuffled", "repeated")}
+        for gate, policy in POLICIES.items()
+    }
     return Proof(machine, threads, tuple(sessions), alarms, power, apart, many)
 
 
@@ -157,7 +161,7 @@ def save(proof: Proof, folder: str | os.PathLike) -> list[str]:
         json.dump(_rounded(proof.as_dict()), f, indent=1)
     for gate in proof.power:
         if proof.power[gate]:
-            paths.append(os.path.join(folder, f"proof-{gate.replace(' ', '-')}-{date}.json"))
+            paths.append(os.path.join(folder, f"proof-{_slug(gate)}-{date}.json"))
             proof.power_file(gate).save(paths[-1])
     return paths
 
@@ -176,6 +180,10 @@ def load_sessions(path: str | os.PathLike) -> tuple[list[Session], Mapping[str, 
 
 
 _BY_SLOWDOWN = ("speedup", "against_plain")
+
+
+def _slug(gate: str) -> str:
+    return "-".join(re.findall(r"[\w.]+", gate))
 
 
 def _power(session: Session, policy, runs: int, rng: random.Random) -> dict[float, Rate]:

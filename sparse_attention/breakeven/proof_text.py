@@ -13,6 +13,7 @@ from .resampling import POLICIES, blocks_needed, mean_rate
 CASES_IN_A_SUITE = 50
 _RULES = {
     "two-stage": "two-stage: 5 blocks at 5 %, suspects 10 fresh ones at 1 %",
+    "two-stage, 0.3 %": "two-stage: 5 blocks at 5 %, suspects 10 fresh ones at 0.3 %",
     "sequential": "sequential: 5, 10 and 20 blocks, 1 % in all",
     "10 blocks": "10 blocks at 1 %",
     REGRESSION: f"regression: the kernel against itself, 10 blocks at 1 %, floor {FLOOR}",
@@ -55,8 +56,9 @@ def summary(proof: Proof) -> str:
         alarms = mean_rate(list(orders["shuffled"].values())) if orders["shuffled"] else None
         found = [r for rates in proof.power.get(gate, {}).values() for x, r in rates.items() if x == 0.05]
         lines.append(f"{gate}: false alarms {alarms}; 5 % slowdowns found: {mean_rate(found) if found else 'not measured'}")
-    for gate, rates in proof.suites.items():
-        lines.append(f"{gate}: suites of {CASES_IN_A_SUITE} cases with an alarm, floors at the true speedups: {rates[0.0]}")
+    for gate, orders in proof.suites.items():
+        rates = [f"{rates[0.0]} {order}" for order, rates in orders.items()]
+        lines.append(f"{gate}: suites of {CASES_IN_A_SUITE} cases that fail with every floor at its true speedup: {', '.join(rates)}")
     for control in proof.controls:
         state = {True: "held", False: "DID NOT HOLD", None: "not tried"}[control["held"]]
         lines.append(f"control: {control['name']}: {state} (exit {control['exit']}, expected {_codes(control['expected'])})")
@@ -83,8 +85,11 @@ def _alarms(proof: Proof) -> str:
 
 
 def _suites(proof: Proof) -> str:
-    rows = [[_RULES[gate], *(str(rates[b]) for b in BELOW if b in rates)] for gate, rates in proof.suites.items()]
-    head = [f"suites of {CASES_IN_A_SUITE} cases in which some case fails", *("floors true" if not b else f"{100 * b:g} % below" for b in BELOW)]
+    rows = []
+    for gate, orders in proof.suites.items():
+        rows += [[_RULES[gate], order, *(str(rates[b]) for b in BELOW)] for order, rates in orders.items()]
+    distances = ("floors at the true speedups" if not b else f"{100 * b:g} % below" for b in BELOW)
+    head = [f"suites of {CASES_IN_A_SUITE} cases that fail", "blocks taken", *distances]
     return _table(head, rows)
 
 
@@ -105,10 +110,11 @@ def _method(proof: Proof) -> str:
     runs = max((r.runs for orders in proof.alarms.values() for rates in orders.values() for r in rates.values()), default=0)
     needed = {gate: blocks_needed(policy) for gate, policy in POLICIES.items()}
     return (
-        f"Every block is a fresh process. Each rate is of {runs} gates drawn from the blocks above, a gate's floor being the mean "
-        f"speedup of the blocks that it does not judge ({', '.join(f'{n} are judged by {gate}' for gate, n in needed.items())}); "
-        "that floor is uncertain itself, which adds alarms. Bounds are the wider of Clopper and Pearson's for that many gates and "
-        "two standard errors by leaving out a tenth of the session at a time. Suites take their cases in turn from those above."
+        f"Every block is a fresh process. Each rate is of {runs} gates drawn from the blocks above: *shuffled* over the session, or "
+        "*in order*, as a real gate's; the floor is the mean speedup of the blocks that the gate does not judge "
+        f"({', '.join(f'{gate} judges {n}' for gate, n in needed.items())}), and is uncertain itself, which adds alarms. *Repeated* gates "
+        "draw with replacement and have the mean of all blocks for their floor. Bounds are the wider of Clopper and Pearson's for that "
+        "many gates and two standard errors by leaving out a tenth of the session at a time. Suites take the cases above in turn."
     )
 
 

@@ -1,8 +1,9 @@
 """Error rates of a gate on real kernels: gates drawn again and again from many blocks that were measured once.
 
-Every drawn gate takes whole blocks, and its floor is the mean speedup of the blocks that it does not judge. "shuffled" gates draw
-their blocks from the whole session, as if each came at another time; "in order" gates take blocks that follow each other, as
-real gates do, so that what lasts for minutes falls on all of one gate's blocks alike.
+Every drawn gate takes whole blocks. "shuffled" gates draw theirs from the whole session, as if each came at another time; "in order"
+gates take blocks that follow each other, as real gates do, so that what lasts for minutes falls on all of one gate's blocks
+alike. The floor of both is the mean speedup of the blocks that they do not judge. Such a floor is uncertain itself, which adds
+alarms. "repeated" gates draw with replacement, and their floor is the mean of all blocks: exactly the truth that they sample.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from typing import Literal
 from .statistics import clopper_pearson
 from .verdict import Policy, Sequential, TwoStage, Verdict, judge
 
-Order = Literal["shuffled", "in order"]
+Order = Literal["shuffled", "in order", "repeated"]
+ORDERS: tuple[Order, ...] = ("shuffled", "in order", "repeated")
 
 POLICIES: Mapping[str, Policy] = {
     "two-stage": TwoStage(),  # pull requests
+    "two-stage, 0.3 %": TwoStage(second_alpha=0.003),
     "sequential": Sequential(),  # nightly
     "10 blocks": Sequential(looks=(10,), alpha=0.01),
 }
@@ -60,8 +63,8 @@ def rate(
 ) -> Rate:
     """How often gates over the blocks `judged` (log speedups) fail.
 
-    The floor of each is the speedup of the other blocks of `truth`, which has a value for each block of `judged`, less the
-    share `below`; unless `floor` is given. A floor from blocks is itself uncertain, which adds alarms: these rates err upwards. Bounds are the wider of Clopper and Pearson's for this many draws and of two standard
+    The floor of each is the speedup of blocks of `truth`, which has a value for each block of `judged`, less the share `below`;
+    unless `floor` is given. Bounds are the wider of Clopper and Pearson's for this many draws and of two standard
     errors by leaving out a tenth of the session at a time, which tells how far the blocks themselves decide.
     """
     needed = blocks_needed(policy)
@@ -101,22 +104,31 @@ def suite_alarm(rate: Rate, cases: int = 50) -> tuple[float, float, float]:
     return tuple(1 - (1 - p) ** cases for p in (rate.share, rate.low, rate.high))
 
 
-def suites(pools: Sequence[Sequence[float]], policy: Policy, runs: int, rng: random.Random, cases: int = 50, below: float = 0.0) -> Rate:
+def suites(
+    pools: Sequence[Sequence[float]],
+    policy: Policy,
+    runs: int,
+    rng: random.Random,
+    order: Order = "shuffled",
+    below: float = 0.0,
+    cases: int = 50,
+) -> Rate:
     """Suites of `cases` gates drawn from these cases in turn, every one with its floor at its true speedup less `below`."""
-    failed = 0
-    for _ in range(runs):
-        failed += any(_caught(pools[n % len(pools)], pools[n % len(pools)], policy, 1, rng, "shuffled", below, None) for n in range(cases))
+    turns = [pools[n % len(pools)] for n in range(cases)]
+    failed = sum(any(_caught(pool, pool, policy, 1, rng, order, below, None) for pool in turns) for _ in range(runs))
     return Rate(runs, failed, *clopper_pearson(failed, runs))
 
 
 def _caught(judged, truth, policy, runs, rng, order, below, floor) -> int:
     needed, count, caught = blocks_needed(policy), len(judged), 0
+    if order == "repeated" and floor is None:
+        floor = math.exp(_stdlib.fmean(truth)) * (1 - below)
     for _ in range(runs):
         if order == "in order":
             start = rng.randrange(count)
             chosen = [(start + k) % count for k in range(needed)]
         else:
-            chosen = rng.sample(range(count), needed)
+            chosen = rng.choices(range(count), k=needed) if order == "repeated" else rng.sample(range(count), needed)
         caught += _fails(judged, truth, chosen, policy, below, floor)
     return caught
 
