@@ -31,7 +31,7 @@ def speedup_axis(axes, values: Sequence[float]) -> None:
     axes.set_ylim(low, high)
     if low <= 1.0 <= high:
         axes.axhline(1.0, color=COLOURS["muted"], linewidth=1.5)
-    ticks(axes.yaxis, _levels(low, high), lambda v: f"{v:.3g}x" if v >= 1 else f"{v:.2g}x", gap=11)
+    ticks(axes.yaxis, _levels(low, high), lambda v: f"{v:.3g}x" if v >= 0.1 else f"{v:.2g}x", gap=11)
 
 
 def _levels(low: float, high: float, most: int = 7) -> list[float]:
