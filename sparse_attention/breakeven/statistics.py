@@ -39,7 +39,7 @@ def interval(logs: Sequence[float], alpha: float) -> Interval:
     mean = _stdlib.fmean(logs)
     if len(logs) == 1:
         return Interval(math.exp(mean), 0.0, math.inf, 1, math.nan, alpha)
-    sd = _stdlib.stdev(logs)
+    sd = math.sqrt(math.fsum((x - mean) ** 2 for x in logs) / (len(logs) - 1))  # statistics.stdev takes 30 times as long
     half = t_quantile(1 - alpha, len(logs) - 1) * sd / math.sqrt(len(logs))
     return Interval(math.exp(mean), math.exp(mean - half), math.exp(mean + half), len(logs), sd, alpha)
 
