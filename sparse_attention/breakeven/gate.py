@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import warnings
 from dataclasses import replace
 from typing import Literal
 
@@ -21,10 +20,6 @@ from .result import Result, results
 from .store import Run
 from .terms import Terms, terms
 from .verdict import ExitCode, Sequential, TwoStage, Verdict
-
-
-class Inconclusive(UserWarning):
-    """A case could be judged neither above nor below its floor."""
 
 
 class Gate:
@@ -177,8 +172,6 @@ class Gate:
             pytest.fail(f"{found.id}: wrong, so it has no time: {found.reason}", pytrace=False)
         if found.verdict is Verdict.NOT_EVALUATED:
             pytest.skip(f"not evaluated: {found.reason}")
-        if found.verdict is Verdict.INCONCLUSIVE:
-            warnings.warn(Inconclusive(f"{found.id}: {found.reason or 'the interval holds the floor'}"), stacklevel=2)
         if found.verdict is Verdict.FAIL:
             self._slow_nodes.add(request.node.nodeid)
             interval = found.interval

@@ -23,7 +23,11 @@ def text(results: Sequence[Result], labels: tuple[str, str] = LABELS) -> str:
         return "  ".join(cells).rstrip()
 
     lines = [line(header), *map(line, rows)]
-    notes = [f"{r.id}: {r.verdict.value}: {r.reason}" for r in results if r.reason and r.verdict is not Verdict.PASS]
+    said: dict[str, list[str]] = {}
+    for r in results:
+        if r.reason and r.verdict is not Verdict.PASS:
+            said.setdefault(f"{r.verdict.value}: {r.reason}", []).append(r.id)
+    notes = [f"{_few(ids)}: {reason}" for reason, ids in said.items()]
     return "\n".join([*lines, *([""] + notes if notes else [])])
 
 
@@ -93,6 +97,10 @@ def _column(columns, name: str) -> str:
         return ""
     found = columns[name]
     return "n/a" if "error" in found else f"{found['speedup']:.3g}x"
+
+
+def _few(ids: Sequence[str]) -> str:
+    return ", ".join(ids) if len(ids) <= 3 else f"{', '.join(ids[:3])} and {len(ids) - 3} more"
 
 
 def _three(value: float) -> str:
