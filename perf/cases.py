@@ -51,7 +51,7 @@ race("longformer256/16k", "Longformer(256, 1)", LONG, causal=False)
 race("window256/16k/backward", "SlidingWindow(256)", LONG, direction="backward", floor=11.0)
 race("window256/1k", "SlidingWindow(256)", shape(4, K, 64))
 race("window256/512", "SlidingWindow(256)", shape(4, 512, 64), tags=("full",))
-race("window256/4k", "SlidingWindow(256)", shape(4, 4 * K, 64), columns=("flex", "masked", "torch.sparse"))
+race("window256/4k", "SlidingWindow(256)", shape(4, 4 * K, 64), columns=("masked", "torch.sparse"))
 add(
     "dilated256x4/16k/of-window256",
     "against",

@@ -139,8 +139,8 @@ def test_poison_fills_outputs_but_never_inputs():
     assert torch.equal(x, torch.ones(4)) and (y == 1).all()
 
 
-def usage(wall_s, cpu_s, involuntary):
-    return machine.Usage(wall_s, cpu_s, involuntary, 0.0)
+def usage(wall_s, cpu_s, involuntary, others_s=0.0, steal_s=0.0):
+    return machine.Usage(wall_s, cpu_s, involuntary, others_s, steal_s)
 
 
 @pytest.mark.parametrize(
@@ -152,9 +152,12 @@ def usage(wall_s, cpu_s, involuntary):
         (usage(1.386, 1.81, 245), True),
         (usage(1.716, 1.72, 15), False),
         (usage(0.0097, 0.0058, 1), True),
+        (usage(0.93, 1.81, 70, others_s=0.05), False),
+        (usage(0.93, 1.30, 40, others_s=0.56), True),
+        (usage(0.93, 1.81, 30, others_s=0.02, steal_s=0.2), True),
     ],
 )
-def test_contention_is_told_from_switches_and_processor_time(seen, contended):
+def test_contention_is_told_from_switches_and_the_time_of_others(seen, contended):
     assert seen.contended is contended
 
 

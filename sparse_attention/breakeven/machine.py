@@ -81,18 +81,21 @@ class Usage:
     wall_s: float
     cpu_s: float  # all threads
     involuntary: int  # context switches forced on this process's threads
-    steal_s: float  # time the hypervisor gave to others, over all cores
+    others_s: float = 0.0  # time that other processes and the kernel had on this process's cores
+    steal_s: float = 0.0  # time that the hypervisor took from these cores
 
     @classmethod
-    def now(cls, with_steal: bool = False) -> Usage:
-        used = resource.getrusage(resource.RUSAGE_SELF)
-        return cls(time.perf_counter(), time.process_time(), used.ru_nivcsw, _steal_s() if with_steal else 0.0)
+    def now(cls) -> Usage:
+        busy_s, steal_s = _core_seconds()
+        used, cpu_s = resource.getrusage(resource.RUSAGE_SELF), time.process_time()
+        return cls(time.perf_counter(), cpu_s, used.ru_nivcsw, busy_s - cpu_s, steal_s)
 
     def since(self, start: Usage) -> Usage:
         return Usage(
             self.wall_s - start.wall_s,
             self.cpu_s - start.cpu_s,
             self.involuntary - start.involuntary,
+            self.others_s - start.others_s,
             self.steal_s - start.steal_s,
         )
 
@@ -100,10 +103,12 @@ class Usage:
     def contended(self) -> bool:
         """Whether others took the processor. On an idle machine two OpenMP threads on two cores see 15 to 75 switches a
         second, with one busy neighbour 165 and more; one thread sees few either way, but then stands still for a slice.
+        Time of others is counted in ticks of 10 ms, so it tells only about halves that are longer.
         """
-        preempted = self.involuntary > 2 + 80 * self.wall_s
+        preempted = self.involuntary > 2 + 120 * self.wall_s
         stood_still = self.involuntary >= 1 and self.cpu_s < 0.85 * self.wall_s
-        return preempted or stood_still
+        crowded = max(self.others_s, 0.0) + self.steal_s > 0.02 + 0.1 * self.wall_s
+        return preempted or stood_still or crowded
 
 
 def _microarchitecture(info: dict[str, str]) -> str:
@@ -142,12 +147,18 @@ def _load() -> float | None:
         return None
 
 
-def _steal_s() -> float:
+def _core_seconds() -> tuple[float, float]:
+    """Seconds that the cores this process may use were busy, and those stolen from them, since the machine started."""
     try:
+        mine = {f"cpu{core}" for core in os.sched_getaffinity(0)}
         with open("/proc/stat") as f:
-            return int(f.readline().split()[8]) / os.sysconf("SC_CLK_TCK")
-    except (OSError, IndexError):
-        return 0.0
+            lines = [line.split() for line in f if line.startswith("cpu")]
+        ticks = [list(map(int, words[1:9])) for words in lines if words[0] in mine]
+    except (OSError, AttributeError, ValueError):
+        return 0.0, 0.0
+    tick_s = 1 / os.sysconf("SC_CLK_TCK")
+    # user, nice, system, idle, iowait, irq, softirq, steal
+    return tick_s * sum(sum(t[:3]) + t[5] + t[6] for t in ticks), tick_s * sum(t[7] for t in ticks)
 
 
 def _version(name: str) -> str | None:

@@ -21,12 +21,12 @@ from .verdict import Policy, TwoStage
 
 @dataclass(frozen=True)
 class Settings:
-    budget_s: float = 280.0  # wall time for everything, builds included
+    budget_s: float = 255.0  # wall time for everything, builds included
     threads: int = field(default_factory=cores)
     policy: Policy = TwoStage()
     device: str = "cpu"
     seed: int = 0
-    first_look_share: float = 0.62  # of the time left after scouting; the rest is for second looks and columns
+    first_look_share: float = 0.62  # of the time left after scouting; the rest is for columns and second looks
     base: str | None = None  # the commit that the cases are raced against, where that is not their baseline
     unjudged: str = ""  # why no case may be judged, such as a machine class without floors
 
@@ -61,8 +61,9 @@ class Race:
     def execute(self) -> Run:
         """Scout, measure and time the columns; returns the run."""
         self.scout()
-        self.measure()
+        self.first_look()
         self.columns()
+        self.further_looks()
         self._keep()
         return self.run
 
@@ -86,27 +87,32 @@ class Race:
         self.progress.line(f"{ready} of {len(self.run.records)} cases build and are correct ({duration(self.elapsed_s)})")
 
     def measure(self) -> None:
-        """Blocks until the policy is satisfied everywhere or the time is used."""
-        first = self.settings.policy.blocks
-        looks_end = self.left_s * (1 - self.settings.first_look_share)  # time left when the first look should be over
-        tries = 0
-        while pending := self._pending(first_look=True):
-            if tries >= 2 * first or self.left_s < 0 or self._hopeless():
+        """All blocks that the policy asks for."""
+        self.first_look()
+        self.further_looks()
+
+    def first_look(self) -> None:
+        """The policy's first blocks of every case; disturbed ones are taken again."""
+        end_s = self.left_s * (1 - self.settings.first_look_share)  # time left when it should be over
+        for _ in range(2 * self.settings.policy.blocks):
+            pending = self._pending(first_look=True)
+            if not pending or self.left_s < 0 or self._hopeless():
                 break
-            to_go = max(self._judged(r).more for r in pending)
-            self._block(pending, (self.left_s - looks_end) / max(to_go, 1))
-            tries += 1
+            self._block(pending, (self.left_s - end_s) / max(self._judged(r).more for r in pending))
+
+    def further_looks(self) -> None:
+        """More blocks of the cases that need them, as many cases as the time allows."""
         while chosen := self._affordable(self._pending(first_look=False)):
-            to_go = max(self._judged(r).more for r in chosen)
-            self._block(chosen, self.left_s / to_go)
+            self._block(chosen, self.left_s / max(self._judged(r).more for r in chosen))
 
     def columns(self) -> None:
-        """Further rivals of the cases that name some, in the time that is left."""
+        """Further rivals of the cases that name some, in half of the time that is left."""
         wanted = [r.case for r in self.run.records.values() if r.case.columns and r.ready and not r.columns]
-        if not wanted or self.left_s < 5:
+        budget_s = self.left_s / 2
+        if not wanted or budget_s < 5:
             return
         try:
-            found = self._worker("columns", wanted, "further rivals", budget_s=self.left_s, timeout_s=self.left_s + 60)
+            found = self._worker("columns", wanted, "further rivals", budget_s=budget_s, timeout_s=self.left_s)
         except WorkerDied as died:
             self.progress.line(f"further rivals: {died}")
             return

@@ -79,7 +79,7 @@ def scout(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
 
 def block(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
     """One block of every case: check, measure, check again."""
-    start = Usage.now(with_steal=True)
+    start = Usage.now()
     clock = kind(job["device"])()
     loaded, errors, unavailable = {}, {}, {}
     cases = _cases(job)
@@ -94,14 +94,14 @@ def block(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
         except Exception as error:
             errors[case.id] = summary(error)
     entries = [_entry(case, loaded[case.id], job) for case in cases if case.id not in {**errors, **unavailable}]
-    ready = Usage.now(with_steal=True)
+    ready = Usage.now()
     plans = {group: GroupPlan(**plan) for group, plan in job["plans"].items()}
     samples, anchor = {}, Anchor(job["device"], clock)
     anchor.visit()
     if entries:
         samples = measure(entries, plans, clock, job["seed"], lambda text: emit(case=None, doing=text))
     anchor.visit()
-    measured = Usage.now(with_steal=True).since(ready)
+    measured = Usage.now().since(ready)
     for entry in entries:
         emit(case=entry.id, doing=f"checking {entry.id} again")
         try:
@@ -116,6 +116,7 @@ def block(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
             "ready_s": ready.since(start).wall_s,
             "measured_s": measured.wall_s,
             "involuntary_per_s": measured.involuntary / max(measured.wall_s, 1e-9),
+            "others_s": measured.others_s,
             "steal_s": measured.steal_s,
             "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
             "anchor": anchor.as_dict(),

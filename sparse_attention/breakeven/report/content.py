@@ -236,7 +236,7 @@ def command(run: Run, names: Sequence[str], name: str = "gate") -> str:
     return " \\\n    ".join([shlex.join(words), *(shlex.join(["--cases", glob.escape(name)]) for name in names)])
 
 
-_DEFAULTS = {"--table": "perf.cases:CASES", "--alpha": "0.01", "--budget": "280s", "--device": "cpu"}
+_DEFAULTS = {"--table": "perf.cases:CASES", "--alpha": "0.01", "--budget": "255s", "--device": "cpu"}
 
 
 def _row(found: Result, run: Run, base: Run | None, cases: int) -> Row:
