@@ -92,11 +92,12 @@ class Race:
         self.further_looks()
 
     def first_look(self) -> None:
-        """The policy's first blocks of every case; disturbed ones are taken again."""
+        """The policy's first blocks of every case; disturbed ones are taken again, but not in the time of what follows."""
+        first = self.settings.policy.blocks
         end_s = self.left_s * (1 - self.settings.first_look_share)  # time left when it should be over
-        for _ in range(2 * self.settings.policy.blocks):
+        for number in range(2 * first):
             pending = self._pending(first_look=True)
-            if not pending or self.left_s < 0 or self._hopeless():
+            if not pending or self.left_s < (0 if number < first else end_s / 2) or self._hopeless():
                 break
             self._block(pending, (self.left_s - end_s) / max(self._judged(r).more for r in pending))
 
