@@ -50,7 +50,7 @@ def slowed(extra: float, pattern: str, causal: bool, **sizes) -> Workload:
     chosen = parse(pattern)
     heads, q_len, kv_len = q.shape[1], q.shape[2], k.shape[2]
     if k.shape[1] != heads or any(chosen.for_head(h) != chosen.for_head(0) for h in range(heads)):
-        raise ValueError(f"pattern and heads must let one head stand for all, got {pattern} and {k.shape[1]} of {heads} heads for k")
+        raise ValueError(f"pattern and heads must let one head stand for all, got {pattern}, {heads} heads, {k.shape[1]} for k")
     visited = {n: layout.layout(chosen, n, kv_len, 1).counts.visited for n in range(TILE, q_len + 1, TILE)}
     whole = heads * visited[q_len]
     few, last = min(

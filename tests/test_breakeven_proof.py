@@ -20,7 +20,8 @@ from sparse_attention.breakeven.store import Block, Record
 from tests import breakeven_toys as toys
 
 TEN = POLICIES["10 blocks"]
-MACHINE = {"class": "cpu/zen4/2c", "cpu": "EPYC", "commit": "a" * 40, "dirty": False, "time": "2026-01-02T00:00:00Z", "versions": {}}
+MACHINE = {"class": "cpu/zen4/2c", "cpu": "EPYC", "commit": "a" * 40, "dirty": False, "versions": {}}
+MACHINE["time"] = "2026-01-02T00:00:00Z"
 
 
 def noise(rng, count, sd=0.02, mean=1.0):
@@ -89,7 +90,8 @@ def test_rates_of_several_cases():
     assert pooled([Rate(10, 1, 0, 1), Rate(30, 0, 0, 1)]).caught == 1
     joined = mean_rate([Rate(100, 10, 0.05, 0.2), Rate(100, 30, 0.2, 0.4)])
     assert joined.share == pytest.approx(0.2)
-    assert joined.low == pytest.approx(0.2 - math.hypot(0.05, 0.1) / 2) and joined.high == pytest.approx(0.2 + math.hypot(0.1, 0.1) / 2)
+    assert joined.low == pytest.approx(0.2 - math.hypot(0.05, 0.1) / 2)
+    assert joined.high == pytest.approx(0.2 + math.hypot(0.1, 0.1) / 2)
 
 
 def test_suites_fail_as_often_as_their_cases_let_one_expect():
@@ -254,7 +256,7 @@ def test_command_proof(proof, tmp_path, monkeypatch, capsys):
     assert main(["proof", *places, "--only", "controls"]) == ExitCode.WRONG
     assert "one that passes: DID NOT HOLD (exit 0, expected 10)" in capsys.readouterr().out
     assert "an empty table" in (tmp_path / "proof.md").read_text()
-    measured = ["--device", toys.DEVICE, "--blocks", "2", "--budget", "20s", "--session", str(tmp_path / "session.json")]
+    measured = ["--device", toys.DEVICE, "--blocks", "2", "--budget", "5m", "--session", str(tmp_path / "session.json")]
     assert main(["proof", *places, *measured, "--only", "rates"]) == ExitCode.USAGE
     assert "every case needs 22 or more valid blocks; quick has 2" in capsys.readouterr().err
     stored = save(proof, tmp_path / "stored")[0]

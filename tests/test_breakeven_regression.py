@@ -380,7 +380,7 @@ def leaving(mark):
 
 def test_what_is_not_there_in_a_block_is_not_evaluated_rather_than_wrong(tmp_path):
     case = Case("leaving", f"{__name__}:leaving", {"mark": str(tmp_path / "mark")})
-    settings = Settings(budget_s=20.0, policy=Sequential((2,)), device=toys.DEVICE)
+    settings = Settings(budget_s=300.0, policy=Sequential((2,)), device=toys.DEVICE)
     run = Race([case, toys.case("quick")], settings, Silent()).execute()
     found = {r.id: r for r in results(run, settings.policy)}
     assert (found["leaving"].verdict, found["leaving"].reason) == (Verdict.NOT_EVALUATED, "it was here a moment ago")

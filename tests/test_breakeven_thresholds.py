@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from sparse_attention.breakeven import Case, Run, TwoStage, Verdict, attribution, results
+from sparse_attention.breakeven.anchor import Anchor
 from sparse_attention.breakeven.cli import main
+from sparse_attention.breakeven.clock import CpuClock
 from sparse_attention.breakeven.ratchet import propose, supported, written
 from sparse_attention.breakeven.store import Block, Record
 from sparse_attention.breakeven.terms import Terms, latest, terms
@@ -23,8 +25,8 @@ from tests import breakeven_toys as toys
 HERE = "cpu/zen4/2c/1t"
 
 
-def floors(**classes):
-    return Thresholds({name: {p: {"floor": f} for p, f in entries.items()} for name, entries in classes["of"].items()}, "floors.json")
+def floors(of):
+    return Thresholds({name: {p: {"floor": f} for p, f in entries.items()} for name, entries in of.items()}, "floors.json")
 
 
 def case(name, floor=1.0):
@@ -221,6 +223,16 @@ def test_without_an_anchor_two_moves_stay_unclear():
     assert found.side == "unclear" and "not anchored" in str(found)
 
 
+def test_the_anchor_is_timed_on_its_device_only():
+    anchor = Anchor("cpu", CpuClock())
+    anchor.visit()
+    found = anchor.as_dict()
+    assert found["source"].startswith("numpy") and 0 < found["compute"] < 1 and 0 < found["memory"] < 1
+    own = Anchor(toys.DEVICE, toys.ToldClock())
+    own.visit()
+    assert own.as_dict() == {"source": "none"}
+
+
 def test_anchors_of_two_sources_are_not_compared():
     then, now = pair_of_runs(random.Random(0), kernel=1.3, commit="b" * 40, sd=0.001)
     now.evidence[3]["anchor"] = {**now.evidence[3]["anchor"], "source": "numpy 3.0"}
@@ -266,7 +278,7 @@ def test_the_newest_earlier_run_of_this_machine_is_taken(tmp_path):
 
 
 TABLE = ["--table", "tests.breakeven_toys:CASES", "--cases", "quick"]
-MEASURE = [*TABLE, "--device", toys.DEVICE, "--budget", "20s", "--quiet", "--policy", "sequential"]
+MEASURE = [*TABLE, "--device", toys.DEVICE, "--budget", "5m", "--quiet", "--policy", "sequential"]
 
 
 def here(threads):

@@ -16,11 +16,14 @@ _DTYPES = {"numpy": ("float32",), "torch": ("float16", "bfloat16")}
 
 
 class Anchor:
-    """Visited before and after the cases of a block are timed. `compute` tracks the cores' clock, `memory` the bandwidth."""
+    """Visited before and after the cases of a block are timed. `compute` tracks the cores' clock, `memory` the bandwidth.
+
+    A device of one's own has none.
+    """
 
     def __init__(self, device: str, clock: Clock):
         self._clock = clock
-        self._source, self._calls = _cuda() if device.startswith("cuda") else _cpu()
+        self._source, self._calls = _cuda() if device.startswith("cuda") else _cpu() if device == "cpu" else ("none", {})
         self._seconds: dict[str, list[float]] = {kind: [] for kind in self._calls}
 
     def visit(self) -> None:
@@ -30,8 +33,7 @@ class Anchor:
 
     def as_dict(self) -> dict[str, Any]:
         """Median seconds of each kind, and whose work it is: numbers of another source are not comparable."""
-        medians = {kind: statistics.median(seconds) for kind, seconds in self._seconds.items() if seconds}
-        return {"source": self._source, **{kind: seconds for kind, seconds in medians.items() if seconds > 0}}
+        return {"source": self._source, **{kind: statistics.median(seconds) for kind, seconds in self._seconds.items() if seconds}}
 
 
 def ceilings(evidence: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

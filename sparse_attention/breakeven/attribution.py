@@ -76,7 +76,7 @@ def move(then: Sequence[float], now: Sequence[float], alpha: float = ALPHA) -> M
 
 
 def attribute(then: Run, now: Run, case_id: str) -> Attribution | None:
-    """What moved in a case from one run to the other; None where either has no valid block of it, or they raced different things."""
+    """What moved in a case between two runs; None where either has no valid block of it, or they raced different things."""
     old, new = then.records.get(case_id), now.records.get(case_id)
     if old is None or new is None or not _same_race(then, now, old, new):
         return None
@@ -86,7 +86,9 @@ def attribute(then: Run, now: Run, case_id: str) -> Attribution | None:
     kinds = _anchor_kinds(then, now)
     runs = ((then, old), (now, new))
     kernel = move(*(_side(run, record, "candidate_s", kinds) for run, record in runs))
-    rival = None if old.case.limit_s is not None else move(*(_side(run, record, "baseline_s", kinds) for run, record in runs))
+    rival = None
+    if old.case.limit_s is None:
+        rival = move(*(_side(run, record, "baseline_s", kinds) for run, record in runs))
     machine = {kind: move(*(_anchor_logs(run, record, kind) for run, record in runs)) for kind in kinds}
     speedup, facts = move(*logs), _facts(then, now, old, new)
     side = _side_that_moved(kernel, rival, machine, facts) if speedup.moved else ""
@@ -146,7 +148,9 @@ def _side_that_moved(kernel: Move, baseline: Move | None, machine: dict[str, Mov
     if facts.processor:
         return "machine"
     if kernel.moved and rival:
-        return "kernel and baseline" if kernel_may and baseline_may and machine and not shaken else "machine" if shaken else "unclear"
+        if kernel_may and baseline_may and machine and not shaken:
+            return "kernel and baseline"
+        return "machine" if shaken else "unclear"
     if kernel.moved:
         return "kernel" if kernel_may else "machine"
     if rival:
@@ -180,8 +184,8 @@ def _anchor_kinds(then: Run, now: Run) -> list[str]:
 
 def _same_race(then: Run, now: Run, old: Record, new: Record) -> bool:
     def terms(run, record):
-        case = record.case
-        return case.build, json.dumps(dict(case.args), sort_keys=True), case.limit_s, run.settings["threads"], run.settings["device"]
+        args = json.dumps(dict(record.case.args), sort_keys=True)
+        return record.case.build, args, record.case.limit_s, run.settings["threads"], run.settings["device"]
 
     return terms(then, old) == terms(now, new)
 

@@ -25,9 +25,8 @@ def markdown(proof: Proof) -> str:
     machine = proof.machine
     commit = (machine["commit"] or "no commit")[:10] + (" with uncommitted changes" if machine["dirty"] else "")
     torch = machine["versions"].get("torch")
-    parts = [
-        f"{machine['time'][:10]}, {machine['class']} ({machine['cpu']}), {proof.threads} thread{'s' * (proof.threads > 1)}, torch {torch}, commit {commit}.",
-    ]
+    threads = f"{proof.threads} thread{'s' * (proof.threads > 1)}"
+    parts = [f"{machine['time'][:10]}, {machine['class']} ({machine['cpu']}), {threads}, torch {torch}, commit {commit}."]
     if proof.sessions:
         parts += [_sessions(proof), "**False alarms**, with every floor at the true speedup", _alarms(proof), _suites(proof)]
         parts += ["**Detection**: shares of gates that say FAIL when the kernel repeats part of its tiles", _power(proof)]
@@ -58,7 +57,8 @@ def summary(proof: Proof) -> str:
         lines.append(f"{gate}: false alarms {alarms}; 5 % slowdowns found: {mean_rate(found) if found else 'not measured'}")
     for gate, orders in proof.suites.items():
         rates = [f"{rates[0.0]} {order}" for order, rates in orders.items()]
-        lines.append(f"{gate}: suites of {CASES_IN_A_SUITE} cases that fail with every floor at its true speedup: {', '.join(rates)}")
+        what = f"suites of {CASES_IN_A_SUITE} cases that fail with every floor at its true speedup"
+        lines.append(f"{gate}: {what}: {', '.join(rates)}")
     for control in proof.controls:
         state = {True: "held", False: "DID NOT HOLD", None: "not tried"}[control["held"]]
         lines.append(f"control: {control['name']}: {state} (exit {control['exit']}, expected {_codes(control['expected'])})")
@@ -109,12 +109,13 @@ def _power(proof: Proof) -> str:
 def _method(proof: Proof) -> str:
     runs = max((r.runs for orders in proof.alarms.values() for rates in orders.values() for r in rates.values()), default=0)
     needed = {gate: blocks_needed(policy) for gate, policy in POLICIES.items()}
+    judges = ", ".join(f"{gate} judges {n}" for gate, n in needed.items())
     return (
-        f"Every block is a fresh process. Each rate is of {runs} gates drawn from the blocks above: *shuffled* over the session, or "
-        "*in order*, as a real gate's; the floor is the mean speedup of the blocks that the gate does not judge "
-        f"({', '.join(f'{gate} judges {n}' for gate, n in needed.items())}), and is uncertain itself, which adds alarms. *Repeated* gates "
-        "draw with replacement and have the mean of all blocks for their floor. Bounds are the wider of Clopper and Pearson's for that "
-        "many gates and two standard errors by leaving out a tenth of the session at a time. Suites take the cases above in turn."
+        f"Every block is a fresh process. Each rate is of {runs} gates drawn from the blocks above: *shuffled* over the session, "
+        "or *in order*, as a real gate's; the floor is the mean speedup of the blocks that the gate does not judge "
+        f"({judges}), and is uncertain itself, which adds alarms. *Repeated* gates draw with replacement and have the mean of all "
+        "blocks for their floor. Bounds are the wider of Clopper and Pearson's for that many gates and two standard errors by "
+        "leaving out a tenth of the session at a time. Suites take the cases above in turn."
     )
 
 

@@ -104,7 +104,8 @@ def written(thresholds: Thresholds, proposals: Iterable[Proposal], date: str, co
     classes = {name: dict(entries) for name, entries in thresholds.classes.items()}
     for found in proposals:
         if found.lowers and not reason.strip():
-            raise ValueError(f"reason must say why {found.case} is lowered from {found.current:.3g} to {found.floor:.3g}, got {reason!r}")
+            step = f"from {found.current:.3g} to {found.floor:.3g}"
+            raise ValueError(f"reason must say why {found.case} is lowered {step}, got {reason!r}")
         entry = {"floor": found.floor, "date": date, "commit": (commit or "unknown")[:10]}
         if found.lowers:
             entry |= {"was": found.current, "reason": reason.strip()}

@@ -16,7 +16,9 @@ from .thresholds import NAME, Thresholds, lowered
 from .verdict import ExitCode
 
 
-def add_command(command: Callable[..., Any], parents: list, cases_of: Callable[[Any], list[Case]], fraction: Callable[[str], float]) -> None:
+def add_command(
+    command: Callable[..., Any], parents: list, cases_of: Callable[[Any], list[Case]], fraction: Callable[[str], float]
+) -> None:
     """Add it with `command(name, function, parents, text)`; `cases_of(options)` are the cases of the table."""
 
     def run(options):

@@ -77,7 +77,8 @@ def detects(result: Result) -> float:
 
 def text(results: Iterable[Result], commit: str) -> str:
     """A line for each case that is slower or faster than in the base revision, and how small a slowdown would be found."""
-    results = [r for r in results if r.interval is not None and r.interval.blocks > 1 and r.verdict is not Verdict.WRONG]
+    judged = (Verdict.PASS, Verdict.FAIL, Verdict.INCONCLUSIVE)
+    results = [r for r in results if r.verdict in judged and r.interval is not None and r.interval.blocks > 1]
     lines = []
     for found in results:
         seen = _surer(found.interval)
@@ -100,7 +101,9 @@ def _surer(found: Interval) -> Interval:
     return replace(found, low=found.speedup * math.exp(-half), high=found.speedup * math.exp(half), alpha=CHANGED_ALPHA)
 
 
-def _base_workload(build: str, args: Mapping[str, Any], folder: str, packages: tuple[str, ...], what: str, head: Workload) -> Workload:
+def _base_workload(
+    build: str, args: Mapping[str, Any], folder: str, packages: tuple[str, ...], what: str, head: Workload
+) -> Workload:
     """From this revision's builder over the base's packages; should those lack what it wants, from the base's own builder.
 
     Raises Unavailable when neither gives a candidate whose output is right.

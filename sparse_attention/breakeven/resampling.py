@@ -1,9 +1,9 @@
 """Error rates of a gate on real kernels: gates drawn again and again from many blocks that were measured once.
 
-Every drawn gate takes whole blocks. "shuffled" gates draw theirs from the whole session, as if each came at another time; "in order"
-gates take blocks that follow each other, as real gates do, so that what lasts for minutes falls on all of one gate's blocks
-alike. The floor of both is the mean speedup of the blocks that they do not judge. Such a floor is uncertain itself, which adds
-alarms. "repeated" gates draw with replacement, and their floor is the mean of all blocks: exactly the truth that they sample.
+Every drawn gate takes whole blocks. "shuffled" gates draw theirs from the whole session, as if each came at another time;
+"in order" gates take blocks that follow each other, as real gates do, so that what lasts for minutes falls on all of one gate's
+blocks alike. The floor of both is the mean speedup of the blocks that they do not judge. Such a floor is uncertain itself, which
+adds alarms. "repeated" gates draw with replacement, and their floor is the mean of all blocks: the truth that they sample.
 """
 
 from __future__ import annotations
@@ -69,18 +69,19 @@ def rate(
     """
     needed = blocks_needed(policy)
     if len(judged) != len(truth) or len(judged) < needed + 2:
-        raise ValueError(f"judged and truth must have equally many blocks, {needed + 2} or more, got {len(judged)} and {len(truth)}")
+        counts = f"{len(judged)} and {len(truth)}"
+        raise ValueError(f"judged and truth must have equally many blocks, {needed + 2} or more, got {counts}")
     caught = _caught(judged, truth, policy, runs, rng, order, below, floor)
     low, high = clopper_pearson(caught, runs)
     spread = 2 * _standard_error(judged, truth, policy, runs, rng, order, below, floor)
     return Rate(runs, caught, max(min(low, caught / runs - spread), 0.0), min(max(high, caught / runs + spread), 1.0))
 
 
-def disjoint(judged: Sequence[float], truth: Sequence[float], policy: Policy, below: float = 0.0, floor: float | None = None) -> Rate:
+def disjoint(judged: Sequence[float], truth: Sequence[float], policy: Policy, floor: float | None = None) -> Rate:
     """Only gates that share no judged block: few, but independent."""
     needed = blocks_needed(policy)
     starts = range(0, len(judged) - needed + 1, needed)
-    caught = sum(_fails(judged, truth, range(s, s + needed), policy, below, floor) for s in starts)
+    caught = sum(_fails(judged, truth, range(s, s + needed), policy, 0.0, floor) for s in starts)
     return Rate(len(starts), caught, *clopper_pearson(caught, len(starts)))
 
 

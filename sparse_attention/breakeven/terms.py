@@ -83,7 +83,8 @@ def add_options(add: Callable[..., Any], prefix: str = "") -> None:
     add(f"--{prefix}prepare", metavar="COMMAND", help="build REV with this shell command, run in its unpacked root")
     add(f"--{prefix}floor", type=_floor, default=regression.FLOOR, metavar="SPEEDUP", help="with REV: least speed against it")
     add(f"--{prefix}thresholds", metavar="FILE", help="floors by machine class; 'none' for the cases' own")
-    add(f"--{prefix}allow-unknown-class", action="store_true", help="exit 0 on a machine class without floors, where nothing is judged")
+    unknown = "exit 0 on a machine class without floors, where nothing is judged"
+    add(f"--{prefix}allow-unknown-class", action="store_true", help=unknown)
     add(f"--{prefix}since", metavar="RUN", help="a stored run, or a folder of them: say which side moved since")
 
 
