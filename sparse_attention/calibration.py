@@ -50,7 +50,7 @@ FAMILIES = tuple(
     )
 )
 HEADS = 4
-LENGTHS = geometric(16, 1024, steps=4)
+LENGTHS = geometric(16, 512, steps=4)
 USABLE = (0.5, 2.0)  # predicted over measured time, of the middle eight tenths of the calls; other rates are left out
 RATES_SHARE = 0.4  # of the time; crossings have the rest
 
@@ -67,11 +67,11 @@ class Call(NamedTuple):
     def sizes(self, dtype: str = "float32") -> dispatch.Sizes:
         return dispatch.Sizes(1, self.heads, self.heads, self.q_len, self.kv_len, self.head_dim, getattr(torch, dtype), "cpu")
 
-    def work(self, engine: str) -> dispatch.Work:
+    def work(self, engine: str) -> rates.Work:
         return dispatch.work(parse(self.pattern), self.sizes())[engine]
 
     def seconds(self, engine: str, rate: Rate) -> float:
-        return 1e-9 * rate.time(*self.work(engine), self.head_dim)
+        return 1e-9 * rate.time(self.work(engine), self.head_dim)
 
 
 class TooDisturbed(RuntimeError):
@@ -168,13 +168,13 @@ def write(data: Mapping[str, Any], path: Path) -> Table:
 
 def report(data: Mapping[str, Any]) -> str:
     """Rates with how well they predict, and crossings, one a line."""
-    lines = [f"{'rates, nanoseconds':<28} {'call':>8} {'row':>7} {'pair':>7} {'element':>8} {'mask':>6}   predicted / measured"]
+    lines = [f"{'rates, nanoseconds':<28} {'call':>8} {'row':>7} {'pair':>7} {'element':>8} {'mask':>6} {'key':>6} {'lone':>6}   predicted / measured"]
     lines[0] += f" at {', '.join(map(str, QUANTILES))} %"
     for place, engine in itertools.product(("rates", "left_out"), ENGINES):
         for entry in data[place]:
             rate, spread = Rate(**entry[engine]), entry["spread"][engine]
             name = f"{engine}, {entry['dtype']}, {_threads(entry['threads'])}"
-            terms = f"{rate.call:8,.0f} {rate.row:7.1f} {rate.pair:7.3f} {rate.element:8.4f} {rate.mask:6.3f}"
+            terms = f"{rate.call:8,.0f} {rate.row:7.1f} {rate.pair:7.3f} {rate.element:8.4f} {rate.mask:6.3f} {rate.key:6.3f} {rate.lone_key:6.3f}"
             note = "  left out" * (place == "left_out")
             lines.append(f"{name:<28} {terms}   {'  '.join(f'{value:.2f}' for value in spread)}{note}")
     if data["left_out"]:

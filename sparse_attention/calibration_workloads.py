@@ -35,7 +35,7 @@ def against_dense(
     q, k, v = tensors(heads, length, length, head_dim, dtype)
     chosen = parse(pattern)
     todo = work(chosen, Sizes.of(q, k))
-    times = {impl: Rate(*rate).time(*todo[impl], head_dim) for impl, rate in rates.items() if impl in todo}
+    times = {impl: Rate(*rate).time(todo[impl], head_dim) for impl, rate in rates.items() if impl in todo}
     impl = min(times, key=times.get)
     return Workload(
         candidate=call(q, k, v, chosen, impl),

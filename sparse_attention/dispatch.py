@@ -14,7 +14,7 @@ from sparse_attention.lanes import lane_pairs
 from sparse_attention.layout import Layout, layout
 from sparse_attention.patterns.base import Pattern
 from sparse_attention.patterns.window import Causal, Dense
-from sparse_attention.rates import Crossing, Table, table
+from sparse_attention.rates import Crossing, Table, Work, table
 from sparse_attention.rows import Rows, rows
 
 IMPLS = ("auto", "tile", "gather", "dense", "reference")
@@ -37,14 +37,6 @@ class Sizes(NamedTuple):
     def of(cls, q: torch.Tensor, k: torch.Tensor) -> "Sizes":
         batch, heads, q_len, head_dim = q.shape
         return cls(batch, heads, k.shape[1], q_len, k.shape[2], head_dim, q.dtype, q.device.type)
-
-
-class Work(NamedTuple):
-    """What an engine's rate multiplies: query rows, pairs as the engine counts them, and elements of a mask."""
-
-    rows: int
-    pairs: int
-    masked: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +126,7 @@ def choose(pattern: Pattern, sizes: Sizes, threads: int, known: Table) -> Plan:
     """The plan that `known` suggests: what was measured of this very pattern where that is clear, else what counted work says."""
     dtype = str(sizes.dtype).removeprefix("torch.")
     of_threads, rates = known.rates_for(threads, dtype)
-    estimates = {engine: rates[engine].time(*w, sizes.head_dim) for engine, w in work(pattern, sizes).items()}
+    estimates = {engine: rates[engine].time(w, sizes.head_dim) for engine, w in work(pattern, sizes).items()}
     ordered = sorted(estimates.items(), key=lambda item: item[1])
     counted = ", ".join(f"{engine} {t / 1e3:,.0f} us" for engine, t in ordered)
     counted = f"by counted work on {of_threads} thread{'s' * (of_threads > 1)} ({counted})"
@@ -164,10 +156,13 @@ def work(pattern: Pattern, sizes: Sizes) -> dict[str, Work]:
 
 
 def _dense_work(pattern: Pattern, sizes: Sizes, rows: int) -> Work:
+    sequences = sizes.batch * sizes.heads
+    keys = sequences * sizes.kv_len
+    lone_keys = keys if sizes.q_len == 1 else 0
     if isinstance(pattern, Causal) and sizes.q_len == sizes.kv_len:
-        return Work(rows, sizes.batch * sizes.heads * _causal_pairs(sizes.q_len))
-    pairs = sizes.batch * sizes.heads * max(sizes.q_len, 4) * sizes.kv_len  # one query costs SDPA as much as four
-    return Work(rows, pairs, masked=0 if isinstance(pattern, Dense) else pairs)
+        return Work(rows, sequences * _causal_pairs(sizes.q_len), 0, keys, lone_keys)
+    pairs = max(sizes.q_len, 4) * keys  # a few queries cost SDPA as much as four
+    return Work(rows, pairs, 0 if isinstance(pattern, Dense) else pairs, keys, lone_keys)
 
 
 def _causal_pairs(length: int) -> int:

@@ -8,8 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sparse_attention.dispatch import Work
-from sparse_attention.rates import Rate
+from sparse_attention.rates import Rate, Work
 
 QUANTILES = (0, 10, 50, 90, 100)
 
@@ -32,7 +31,7 @@ class Fit(NamedTuple):
 
 def fit(samples: Sequence[Sample]) -> Fit:
     """The rate that predicts the samples best. ValueError for too few to tell its terms apart."""
-    columns = np.array([[1, w.rows, w.pairs, w.pairs * head_dim, w.masked] for w, head_dim, _ in samples], float)
+    columns = np.array([_terms(sample) for sample in samples], float)
     measured = np.array([s.nanoseconds for s in samples])
     if len(samples) < 2 * len(Rate._fields):
         raise ValueError(f"samples holds {len(samples)} calls; expected at least {2 * len(Rate._fields)}")
@@ -41,11 +40,18 @@ def fit(samples: Sequence[Sample]) -> Fit:
     return Fit(Rate(*map(float, rate)), tuple(float(r) for r in np.percentile(ratio, QUANTILES)), len(samples))
 
 
+def _terms(sample: Sample) -> list[float]:
+    """What each term of the rate contributes at one nanosecond."""
+    return [Rate(*unit).time(sample.work, sample.head_dim) for unit in np.eye(len(Rate._fields))]
+
+
 def non_negative_least_squares(columns: np.ndarray, target: np.ndarray) -> np.ndarray:
     """The x >= 0 that minimises |columns @ x - target|, exactly: the best of the solutions on every subset of the few columns."""
-    best, best_error = np.zeros(columns.shape[1]), float(target @ target)
     scale = np.linalg.norm(columns, axis=0)
     useful = np.nonzero(scale)[0]
+    rotation, columns = np.linalg.qr(columns)
+    target = rotation.T @ target
+    best, best_error = np.zeros(columns.shape[1]), float(target @ target)
     for size in range(1, len(useful) + 1):
         for subset in map(list, itertools.combinations(useful, size)):
             solution, *_ = np.linalg.lstsq(columns[:, subset] / scale[subset], target, rcond=None)

@@ -23,16 +23,33 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 class Rate(NamedTuple):
-    """Time of one engine: call + rows * row + pairs * (pair + head_dim * element) + masked * mask, in nanoseconds."""
+    """What an engine spends, in nanoseconds: on a call, a query row, a pair, a pair's element (of head_dim), an element of a
+    mask, and a key's element, once and again where there is a single query.
+    """
 
     call: float
     row: float
     pair: float
     element: float
     mask: float = 0.0
+    key: float = 0.0
+    lone_key: float = 0.0
 
-    def time(self, rows: int, pairs: int, masked: int, head_dim: int) -> float:
-        return self.call + rows * self.row + pairs * (self.pair + head_dim * self.element) + masked * self.mask
+    def time(self, work: Work, head_dim: int) -> float:
+        per_element = work.pairs * self.element + work.keys * self.key + work.lone_keys * self.lone_key
+        return self.call + work.rows * self.row + work.pairs * self.pair + work.masked * self.mask + head_dim * per_element
+
+
+class Work(NamedTuple):
+    """What the terms of a rate multiply: query rows, pairs as the engine counts them, elements of a mask, keys that it prepares
+    beforehand, and keys of calls with a single query.
+    """
+
+    rows: int
+    pairs: int
+    masked: int = 0
+    keys: int = 0
+    lone_keys: int = 0
 
 
 class Crossing(NamedTuple):
@@ -175,7 +192,7 @@ def _rate(entry: Any, place: str) -> Rate:
         good = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1e9
         _expect(good, f"{place}.{name} is {value!r}, expected nanoseconds from 0 to 1e9")
     rate = Rate(**entry)
-    _expect(rate.time(1024, 1024 * 1024, 0, 64) > 0, f"{place} says that work takes no time")
+    _expect(rate.time(Work(1024, 1024 * 1024), 64) > 0, f"{place} says that work takes no time")
     return rate
 
 

@@ -21,7 +21,7 @@ from sparse_attention.fitting import Sample, fit, non_negative_least_squares
 from sparse_attention.lanes import of_layout, of_rows
 from sparse_attention.layout import layout
 from sparse_attention.patterns import BigBird, Causal, Dilated, LogSparse, Longformer, MultiScale, SlidingWindow, parse
-from sparse_attention.rates import Rate, Table
+from sparse_attention.rates import Rate, Table, Work
 from sparse_attention.rows import rows
 from tests.study_toys import FakeProcesses
 
@@ -250,7 +250,7 @@ def test_causal_pairs_that_dense_computes():
 def samples(rate, engine, sd=0.0, seed=0):
     noise = random.Random(seed)
     for call in calibration.calls():
-        exact = rate.time(*call.work(engine), call.head_dim)
+        exact = rate.time(call.work(engine), call.head_dim)
         yield Sample(call.work(engine), call.head_dim, exact * noise.lognormvariate(0, sd))
 
 
@@ -275,7 +275,7 @@ def test_least_squares_as_scipy_does_it():
 
 
 def true_time(rate_of, pattern, size, engine):
-    return rate_of[engine].time(*dispatch.work(pattern, size)[engine], size.head_dim)
+    return rate_of[engine].time(dispatch.work(pattern, size)[engine], size.head_dim)
 
 
 def test_fitted_rates_lose_at_most_five_percent_and_ten_microseconds():
@@ -304,7 +304,7 @@ class FakeMachine(FakeProcesses):
         )
         if "impl" in args:
             return call.seconds(args["impl"], self.truth[args["impl"]]), 1.0
-        sparse = {engine: Rate(*rate).time(*call.work(engine), call.head_dim) for engine, rate in args["rates"].items()}
+        sparse = {engine: Rate(*rate).time(call.work(engine), call.head_dim) for engine, rate in args["rates"].items()}
         return call.seconds(min(sparse, key=sparse.get), self.truth[min(sparse, key=sparse.get)]), call.seconds("dense", self.truth["dense"])
 
 
@@ -315,6 +315,7 @@ def one_core(monkeypatch):
     monkeypatch.setattr(calibration, "FAMILIES", ((WINDOW, "float32", 64), ("Causal()", "float32", 64)))
 
 
+BIG = Work(1000, 100_000, 100_000)
 # dense is quick to call and slow at work: it wins below about 110 positions
 SLOW_CALLS = {"tile": Rate(30_000, 40, 0.1, 0.04), "gather": Rate(60_000, 40, 0.4, 0.08), "dense": Rate(1_000, 60, 0.0, 0.05, 0.6)}
 
@@ -324,7 +325,7 @@ def test_calibration_finds_rates_and_crossings(one_core, monkeypatch):
     data = calibration.calibrate(1000.0, Silent())
     known = rates.parse(json.loads(json.dumps(data)), machine_class(), "made")
     for engine, rate in known.rates[1, "float32"].items():
-        assert rate.time(1000, 100_000, 0, 64) == pytest.approx(SLOW_CALLS[engine].time(1000, 100_000, 0, 64), rel=0.1)
+        assert rate.time(BIG, 64) == pytest.approx(SLOW_CALLS[engine].time(BIG, 64), rel=0.1)
     window = known.crossing(WINDOW, "float32", 64, 1, 4)
     for length in calibration.LENGTHS:
         times = {engine: true_time(SLOW_CALLS, parse(WINDOW), sizes(length), engine) for engine in SLOW_CALLS}
