@@ -6,9 +6,11 @@ import sys
 
 import pytest
 
-from sparse_attention.breakeven import Case, Race, Run, Sequential, Settings, Verdict, results, select
+from sparse_attention.breakeven import Case, Race, Run, Sequential, Settings, TwoStage, Verdict, results, select
 from sparse_attention.breakeven.cli import main
 from sparse_attention.breakeven.progress import Silent
+from sparse_attention.breakeven.result import result
+from sparse_attention.breakeven.store import Block, Record
 from sparse_attention.breakeven.table import markdown, seconds, text
 from tests import breakeven_toys as toys
 from tests.breakeven_toys import case
@@ -132,6 +134,17 @@ def test_disturbed_blocks_do_not_judge(found, tmp_path):
     assert judged["quick"].verdict is Verdict.NOT_EVALUATED
     assert "contended: 2 of 2 blocks disturbed, 10 % of pairs clean" in judged["quick"].reason
     assert judged["limited"].verdict is Verdict.PASS
+
+
+@pytest.mark.parametrize(
+    "speedup, valid, expected", [(3.0, 4, Verdict.PASS), (3.0, 2, Verdict.NOT_EVALUATED), (0.5, 4, Verdict.NOT_EVALUATED)]
+)
+def test_few_blocks_may_let_pass_but_not_fail(speedup, valid, expected):
+    record = Record(case("x"), {"status": "ok", "baselines": {"plain": 1.0}})
+    for number in range(6):
+        pair = [speedup * (1 + 0.001 * number)], [1.0], [number < valid]
+        record.blocks.append(Block(number, "plain", *pair))
+    assert result(record, TwoStage()).verdict is expected
 
 
 def test_a_run_that_was_cut_short_goes_on(tmp_path):

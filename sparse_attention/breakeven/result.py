@@ -10,7 +10,9 @@ from typing import Any
 
 from .statistics import Interval, block_log_speedup, detectable_slowdown
 from .store import Record, Run
-from .verdict import Judgement, Policy, Verdict, judge
+from .verdict import Judgement, Policy, Verdict, compare, judge
+
+LEAST_BLOCKS = 3  # a case may pass on fewer blocks than the policy asks for, if time or quiet ran out, but not on fewer than this
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def judge_record(record: Record, policy: Policy) -> Judgement:
 
 
 def result(record: Record, policy: Policy) -> Result:
-    """The case's verdict as far as it has been measured."""
+    """The case's verdict, no more blocks being measured."""
     case = record.case
     status = record.scout.get("status")
     if record.error is not None or status == "wrong":
@@ -83,7 +85,9 @@ def result(record: Record, policy: Policy) -> Result:
     verdict, reason = judged.verdict, judged.reason
     if len(valid) < policy.blocks:
         disturbed = len(record.blocks) - len(valid)
-        if disturbed:
+        if len(valid) >= LEAST_BLOCKS and compare(judged.interval, case.floor) is Verdict.PASS:
+            verdict, reason = Verdict.PASS, f"on {len(valid)} of {policy.blocks} blocks"
+        elif disturbed:
             pairs = [clean for b in record.blocks for clean in b.clean]
             verdict = Verdict.NOT_EVALUATED
             reason = f"contended: {disturbed} of {len(record.blocks)} blocks disturbed, {_share(pairs)} of pairs clean"

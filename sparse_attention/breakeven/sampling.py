@@ -161,7 +161,8 @@ def plan(groups: Mapping[str, Mapping[str, float]], least_s: float, budget_s: fl
 
     def pairs(group: str, share_s: float) -> tuple[int, int]:
         warmup = 3 if rounds[group] < 0.1 else 1 if rounds[group] < 0.5 else 0
-        return max(LEAST_PAIRS, min(MOST_PAIRS, int(share_s / rounds[group]) - warmup)), warmup
+        least = LEAST_PAIRS if rounds[group] < 1.5 else 1  # seconds; a longer call evens itself out
+        return max(least, min(MOST_PAIRS, int(share_s / rounds[group]) - warmup)), warmup
 
     def cost(share_s: float) -> float:
         return sum(sum(pairs(g, share_s)) * rounds[g] for g in groups)
