@@ -6,11 +6,10 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 
 from sparse_attention._build import BuildError
 from sparse_attention.breakeven import Unavailable, Workload
-from sparse_attention.dense import mask_of
+from sparse_attention.dense import attend_masked, mask_of
 from sparse_attention.dispatch import Sizes, work
 from sparse_attention.engines import engine
 from sparse_attention.patterns import Pattern, parse
@@ -63,12 +62,7 @@ def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern, im
             raise Unavailable(str(error)) from error
         return lambda: found.forward(q, k, v, found.scale)[0]
     mask = mask_of(pattern, q.shape[2], k.shape[2], q.shape[1], q.dtype, q.device)
-
-    def attend():
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.attn_mask, is_causal=mask.is_causal)
-        return out if mask.empty is None else out.masked_fill(mask.empty.unsqueeze(-1), 0.0)
-
-    return attend
+    return lambda: attend_masked(q, k, v, mask, None)
 
 
 def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern) -> Callable[[torch.Tensor], None]:
