@@ -6,6 +6,7 @@ import math
 import random
 
 from sparse_attention.breakeven import Case, Run, TwoStage
+from sparse_attention.breakeven.race import Settings
 from sparse_attention.breakeven.store import Block, Record
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -79,7 +80,7 @@ def run(
         **machine,
     }
     policy = {"name": "TwoStage", **vars(TwoStage())}
-    settings = {"budget_s": 280.0, "threads": 1, "device": "cpu", "seed": 0, "policy": policy, "table": "perf.cases:CASES"}
+    settings = {"budget_s": Settings.budget_s, "threads": 1, "device": "cpu", "seed": 0, "policy": policy, "table": "perf.cases:CASES"}
     anchor = {"source": "numpy 2.4.6", "compute": 2 * 256**3 / 80e9, "memory": 2 * (1 << 25) / 20e9}
     evidence = [{"ready_s": 2.0, "measured_s": 3.0, "anchor": anchor} for _ in range(max(blocks, 15))]
     return Run(about, {**settings, "base": None, "unjudged": ""}, records, evidence, 60.0)

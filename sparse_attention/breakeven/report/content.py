@@ -11,6 +11,7 @@ from typing import Any
 
 from .. import regression, table
 from ..attribution import LEAST, Attribution, attribute, move
+from ..race import Settings
 from ..result import Result, block_logs, results
 from ..statistics import interval
 from ..store import Run
@@ -236,7 +237,7 @@ def command(run: Run, names: Sequence[str], name: str = "gate") -> str:
     return " \\\n    ".join([shlex.join(words), *(shlex.join(["--cases", glob.escape(name)]) for name in names)])
 
 
-_DEFAULTS = {"--table": "perf.cases:CASES", "--alpha": "0.01", "--budget": "255s", "--device": "cpu"}
+_DEFAULTS = {"--table": "perf.cases:CASES", "--alpha": "0.01", "--budget": f"{Settings.budget_s:g}s", "--device": "cpu"}
 
 
 def _row(found: Result, run: Run, base: Run | None, cases: int) -> Row:
