@@ -28,6 +28,7 @@ from .verdict import Sequential
 KIND, SCHEMA = "proof", 1
 SLOWDOWNS = (0.0, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5)
 BELOW = (0.0, 0.01, 0.02, 0.05)  # floors at the true speedup, and so much below it
+LEAST_BLOCKS = max(map(blocks_needed, POLICIES.values())) + 2
 REGRESSION = "regression"  # the gate against a base revision, of 10 blocks
 
 
@@ -116,12 +117,10 @@ def analyse(
     seed: int = 0,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Proof:
-    """Draw gates from the sessions' blocks; ValueError when a session is too short for some gate."""
-    sessions = [s for s in sessions if s.blocks]
-    longest = max(blocks_needed(policy) for policy in POLICIES.values())
-    short = [f"{s.case} has {s.blocks}" for s in sessions if s.blocks < longest + 2]
+    """Draw gates from the sessions' blocks; ValueError when a session is too short (LEAST_BLOCKS), or there is none."""
+    short = [f"{s.case} has {s.blocks}" for s in sessions if s.blocks < LEAST_BLOCKS]
     if short or not sessions:
-        raise ValueError(f"every case needs {longest + 2} or more valid blocks; {', '.join(short) or 'nothing was measured'}")
+        raise ValueError(f"every case needs {LEAST_BLOCKS} or more valid blocks; {', '.join(short) or 'nothing was measured'}")
     rng = random.Random(seed)
     alarms: dict[str, dict[str, dict[str, Rate]]] = {}
     power: dict[str, dict[str, dict[float, Rate]]] = {}

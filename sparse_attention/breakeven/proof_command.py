@@ -13,7 +13,7 @@ from typing import Any
 from .controls import Control, Outcome, run_controls
 from .machine import describe
 from .progress import Progress, Silent, duration
-from .proof import Injected, Proof, Session, analyse, load_sessions, policy_of_session, save, sessions_of
+from .proof import LEAST_BLOCKS, Injected, Proof, Session, analyse, load_sessions, policy_of_session, save, sessions_of
 from .proof_text import markdown, put, summary
 from .race import Race, Settings
 from .store import Run
@@ -53,9 +53,10 @@ def _proof(options) -> int:
         sessions, machine, threads, kept = load_sessions(options.stored)
     elif options.only != "controls":
         run = _measured(options, injected, progress)
-        machine, sessions = run.machine, sessions_of(run, injected)
-        for name, why in _missing(run, injected, sessions).items():
-            progress.line(f"{name}: left out: {why}")
+        machine, found = run.machine, sessions_of(run, injected)
+        sessions = [s for s in found if s.blocks >= LEAST_BLOCKS]
+        for line in _left_out(run, injected, found):
+            print(line)
     proof = Proof(machine, threads, (), {}, {}, {}, {})
     if options.only != "controls":
         proof = analyse(sessions, machine, threads, options.runs, options.seed, progress.line)
@@ -85,15 +86,18 @@ def _measured(options, injected: Sequence[Injected], progress: Progress) -> Run:
     return run
 
 
-def _missing(run: Run, injected: Sequence[Injected], sessions: Sequence[Session]) -> dict[str, str]:
-    """Cases without a session, and why."""
-    missing = {}
+def _left_out(run: Run, injected: Sequence[Injected], sessions: Sequence[Session]) -> list[str]:
+    """A line for each case of too few blocks, with the reason if one is on record."""
+    blocks = {s.case: s.blocks for s in sessions}
+    lines = []
     for item in injected:
-        if item.plain.id not in {s.case for s in sessions}:
+        count = blocks.get(item.plain.id, 0)
+        if count < LEAST_BLOCKS:
             records = [run.records[case.id] for case in item.cases]
-            reasons = [r.error or r.scout.get("reason") for r in records if not r.ready]
-            missing[item.plain.id] = reasons[0] if reasons else "no block in which nothing was disturbed"
-    return missing
+            reasons = [r.error or r.scout.get("reason", "") for r in records if not r.ready]
+            why = f": {reasons[0]}" if reasons else ""
+            lines.append(f"{item.plain.id}: left out, {count} of {LEAST_BLOCKS} blocks undisturbed{why}")
+    return lines
 
 
 def _tried(controls: Sequence[Control], threads: int, progress: Progress) -> list[dict[str, Any]]:
