@@ -25,7 +25,7 @@ from sparse_attention.breakeven.result import clean_share, results
 from sparse_attention.breakeven.store import Record, Run
 from sparse_attention.breakeven.study import POLICY, Study, scouted
 from sparse_attention.breakeven.study_table import sentence
-from sparse_attention.fitting import QUANTILES, Fit, Sample, fit
+from sparse_attention.fitting import LEAST_SAMPLES, QUANTILES, Fit, Sample, fit
 from sparse_attention.patterns import parse
 from sparse_attention.rates import ENGINES, Rate, Table
 
@@ -100,12 +100,12 @@ def calibrate(budget_s: float, progress: Progress, device: str = "cpu") -> dict[
         left = share - (time.perf_counter() - began)
         data["crossings"] += measure_crossings(fits, Settings(left, threads, POLICY, device), progress)
     if not any(entry["dtype"] == "float32" for entry in data["rates"]):
-        raise TooDisturbed(f"no rates of float32 predict what was measured:\n{report(data)}")
+        raise TooDisturbed(f"no rates of float32 predict what was measured; others used the machine\n{report(data)}")
     return data
 
 
 def measure_rates(settings: Settings, progress: Progress) -> dict[str, dict[str, Fit]]:
-    """{dtype: {engine: Fit}}."""
+    """{dtype: {engine: Fit}} of the dtypes of which enough calls were timed undisturbed."""
     cases = {key: _timed(*key) for key in itertools.product(DTYPES, ENGINES, calls())}
     _, guess = rates.GENERIC.rates_for(1, "float32")
     race = Race(cases.values(), settings, progress)
@@ -119,10 +119,12 @@ def measure_rates(settings: Settings, progress: Progress) -> dict[str, dict[str,
         seconds = _seconds(run.records[case.id])
         if seconds is not None:
             samples[dtype][engine].append(Sample(call.work(engine), call.head_dim, 1e9 * seconds))
-    try:
-        return {dtype: {engine: fit(found) for engine, found in of_dtype.items()} for dtype, of_dtype in samples.items()}
-    except ValueError as error:
-        raise TooDisturbed(f"{_undisturbed(run)} in {settings.budget_s:.0f} s: {error}") from error
+    enough = {dtype: of for dtype, of in samples.items() if min(map(len, of.values())) >= LEAST_SAMPLES}
+    fits = {dtype: {engine: fit(found) for engine, found in of.items()} for dtype, of in enough.items()}
+    if len(fits) < len(samples):
+        missing = ", ".join(dtype for dtype in samples if dtype not in fits)
+        progress.line(f"no rates of {missing}: {_undisturbed(run)} in {settings.budget_s:.0f} s")
+    return fits
 
 
 def calls() -> list[Call]:
@@ -138,6 +140,8 @@ def measure_crossings(fits: Mapping[str, Mapping[str, Fit]], settings: Settings,
     """The file's entries: where the sparse engine that the new rates favour begins to win over the dense one."""
     families = {}
     for pattern, dtype, head_dim in FAMILIES:
+        if dtype not in fits:
+            continue
         favour = {engine: list(fits[dtype][engine].rate) for engine in ENGINES if engine != "dense"}
         args = {"pattern": pattern, "rates": favour, "heads": HEADS, "head_dim": head_dim, "dtype": dtype}
         name = f"{pattern}/{dtype}/{head_dim}"

@@ -11,6 +11,7 @@ import numpy as np
 from sparse_attention.rates import Rate, Work
 
 QUANTILES = (0, 10, 50, 90, 100)
+LEAST_SAMPLES = 2 * len(Rate._fields)
 
 
 class Sample(NamedTuple):
@@ -33,8 +34,8 @@ def fit(samples: Sequence[Sample]) -> Fit:
     """The rate that predicts the samples best. ValueError for too few to tell its terms apart."""
     columns = np.array([_terms(sample) for sample in samples], float)
     measured = np.array([s.nanoseconds for s in samples])
-    if len(samples) < 2 * len(Rate._fields):
-        raise ValueError(f"samples holds {len(samples)} calls; expected at least {2 * len(Rate._fields)}")
+    if len(samples) < LEAST_SAMPLES:
+        raise ValueError(f"samples holds {len(samples)} calls; expected at least {LEAST_SAMPLES}")
     rate = non_negative_least_squares(columns / measured[:, None], np.ones(len(samples)))
     ratio = columns @ rate / measured
     return Fit(Rate(*map(float, rate)), tuple(float(r) for r in np.percentile(ratio, QUANTILES)), len(samples))

@@ -277,6 +277,22 @@ def test_the_newest_earlier_run_of_this_machine_is_taken(tmp_path):
     assert latest(tmp_path, history([1.0], rng, time="2026-01-01")[0]) is None
 
 
+def test_runs_beside_the_table_are_the_default_to_compare_with(tmp_path, monkeypatch):
+    class Options:
+        base = since = thresholds = None
+        allow_unknown_class = False
+
+    (tmp_path / "own_table.py").write_text("CASES = []\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    now = history([1.0], random.Random(0), time="2026-01-06")[0]
+    assert terms(Options, [], 1, "cpu", "own_table:CASES").since is None
+    (tmp_path / "results").mkdir()
+    found = terms(Options, [], 1, "cpu", "own_table:CASES")
+    assert found.since == tmp_path / "results" and found.remarks(now, []) == []
+    Options.since = str(tmp_path / "results")
+    assert "no earlier run" in terms(Options, [], 1, "cpu", "own_table:CASES").remarks(now, [])[0]
+
+
 TABLE = ["--table", "tests.breakeven_toys:CASES", "--cases", "quick"]
 MEASURE = [*TABLE, "--device", toys.DEVICE, "--budget", "5m", "--quiet", "--policy", "sequential"]
 
@@ -340,6 +356,7 @@ def test_thresholds_beside_the_table_are_the_default():
 
     found = terms(Options, [case("a")], 1, "cpu", "perf.cases:CASES")
     assert found.unjudged == "" or "perf/thresholds.json" in found.unjudged
+    assert not found.asked
     Options.thresholds = "none"
     assert terms(Options, [case("a", 1.3)], 1, "cpu", "perf.cases:CASES").cases[0].floor == 1.3
 

@@ -16,7 +16,7 @@ from sparse_attention.breakeven import Settings
 from sparse_attention.breakeven import race as race_module
 from sparse_attention.breakeven.cli import main
 from sparse_attention.breakeven.machine import machine_class
-from sparse_attention.breakeven.progress import Silent
+from sparse_attention.breakeven.progress import Progress, Silent
 from sparse_attention.fitting import Sample, fit, non_negative_least_squares
 from sparse_attention.lanes import of_layout, of_rows
 from sparse_attention.layout import layout
@@ -371,8 +371,17 @@ def test_a_wrong_engine_or_a_busy_machine_writes_nothing(one_core, folder, monke
     names = {calibration._timed("float32", engine, call).id for engine in RATES for call in calibration.calls()}
     monkeypatch.setattr(race_module, "run_worker", FakeMachine(SLOW_CALLS, disturbed=names))
     assert main(["calibrate", "--quiet"]) == 12
-    assert "nothing written: 0% of the timed halves were undisturbed" in capsys.readouterr().err
+    assert "nothing written: no rates of float32" in capsys.readouterr().err
     assert not list((folder / "machines").iterdir())
+
+
+def test_what_was_timed_in_peace_is_kept(one_core, monkeypatch, capfd):
+    monkeypatch.setattr(calibration, "DTYPES", ("float32", "bfloat16"))
+    names = {calibration._timed("bfloat16", "tile", call).id for call in calibration.calls()}
+    monkeypatch.setattr(race_module, "run_worker", FakeMachine(SLOW_CALLS, disturbed=names))
+    data = calibration.calibrate(1000.0, Progress())
+    assert [entry["dtype"] for entry in data["rates"]] == ["float32"] and len(data["crossings"]) == 2
+    assert "no rates of bfloat16: 7" in capfd.readouterr().err
 
 
 def test_command_calibrate(one_core, folder, monkeypatch, capsys):

@@ -15,9 +15,10 @@ from .regression import Base
 from .result import Result
 from .store import Run
 from .table import LABELS
-from .thresholds import Thresholds, beside, key
+from .thresholds import NAME, Thresholds, beside, key
 from .verdict import ExitCode, exit_code
 
+RESULTS = "results"  # the folder of stored runs beside a table
 NO_FILE = "none"  # for --thresholds: the cases' own floors
 
 
@@ -28,6 +29,7 @@ class Terms:
     unjudged: str = ""  # why nothing is judged on this machine
     allow_unjudged: bool = False
     since: str | None = None  # a stored run, or a folder of them, to say what moved
+    asked: bool = True  # for `since`; otherwise it is the folder beside the table, which may hold nothing fitting
 
     @property
     def labels(self) -> tuple[str, str]:
@@ -46,7 +48,7 @@ class Terms:
             return []
         then = latest(self.since, run)
         if then is None:
-            return [f"{self.since} holds no earlier run of {ratchet.run_key(run)}"]
+            return [f"{self.since} holds no earlier run of {ratchet.run_key(run)}"] if self.asked else []
         return attribution.remarks(then, run, results)
 
     def exit_code(self, results: Iterable[Result], strict: bool, allow_not_evaluated: bool) -> ExitCode:
@@ -60,7 +62,7 @@ class Terms:
 
 
 def terms(options: Any, cases: Iterable[Case], threads: int, device: str, table: str = "", prefix: str = "") -> Terms:
-    """From the options of `add_options`. `table` is where the cases came from: its thresholds file is the default."""
+    """From the options of `add_options`. `table` is where the cases came from: what lies beside it is the default."""
 
     def given(name):
         return getattr(options, prefix + name)
@@ -69,11 +71,15 @@ def terms(options: Any, cases: Iterable[Case], threads: int, device: str, table:
     if given("base"):
         base = Base.of(given("base"), given("package"), given("prepare") or "")
         return Terms(regression.against(cases, base, given("floor")), base)
-    path = given("thresholds") or (beside(table) if table else None)
+    since, asked = given("since"), given("since") is not None
+    path = given("thresholds")
+    if table:
+        path, since = path or beside(table, NAME), since or beside(table, RESULTS)
     if path is None or os.fspath(path) == NO_FILE:
-        return Terms(cases, since=given("since"))
+        return Terms(cases, since=since, asked=asked)
     floors, machine = Thresholds.load(path), key(machine_class(device), threads, device)
-    return Terms(floors.applied(cases, machine), None, floors.unjudged(machine), given("allow_unknown_class"), given("since"))
+    allowed = given("allow_unknown_class")
+    return Terms(floors.applied(cases, machine), None, floors.unjudged(machine), allowed, since, asked)
 
 
 def add_options(add: Callable[..., Any], prefix: str = "") -> None:
@@ -85,7 +91,7 @@ def add_options(add: Callable[..., Any], prefix: str = "") -> None:
     add(f"--{prefix}thresholds", metavar="FILE", help="floors by machine class; 'none' for the cases' own")
     unknown = "exit 0 on a machine class without floors, where nothing is judged"
     add(f"--{prefix}allow-unknown-class", action="store_true", help=unknown)
-    add(f"--{prefix}since", metavar="RUN", help="a stored run, or a folder of them: say which side moved since")
+    add(f"--{prefix}since", metavar="RUN", help="a stored run, or a folder of them: say which side moved")
 
 
 def latest(path: str | os.PathLike, run: Run) -> Run | None:

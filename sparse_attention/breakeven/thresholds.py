@@ -13,6 +13,7 @@ that match, the last one holds. A case without an entry keeps its own floor. On 
 from __future__ import annotations
 
 import fnmatch
+import importlib.util
 import json
 import math
 import os
@@ -103,13 +104,11 @@ def key(machine_class: str, threads: int, device: str = "cpu") -> str:
     return f"{machine_class}/graph" if device == "cuda-graph" else machine_class
 
 
-def beside(table: str) -> Path | None:
-    """The thresholds file beside the module of `table` ("module:name"), if there is one."""
-    import importlib.util
-
+def beside(table: str, name: str) -> Path | None:
+    """The file or folder `name` beside the module of `table` ("module:name"), if there is one."""
     spec = importlib.util.find_spec(table.partition(":")[0])
-    path = Path(spec.origin).with_name(NAME) if spec is not None and spec.origin else None
-    return path if path is not None and path.is_file() else None
+    path = Path(spec.origin).with_name(name) if spec is not None and spec.origin else None
+    return path if path is not None and path.exists() else None
 
 
 def lowered(before: Thresholds, after: Thresholds) -> list[str]:
