@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -13,8 +13,10 @@ from sparse_attention.cost import Cost, cost, count
 from sparse_attention.lanes import lane_pairs
 from sparse_attention.layout import Layout, layout
 from sparse_attention.patterns.base import Pattern
+from sparse_attention.patterns.compose import And, Or
+from sparse_attention.patterns.tree import Tree
 from sparse_attention.patterns.window import Causal, Dense
-from sparse_attention.rates import Crossing, Table, Work, table
+from sparse_attention.rates import Crossing, Rate, Table, Work, table
 from sparse_attention.rows import Rows, rows
 
 IMPLS = ("auto", "tile", "gather", "dense", "reference")
@@ -44,7 +46,7 @@ class Plan:
     """How one pattern runs at one set of sizes.
 
     impl: "tile", "gather", "dense" or "reference". why: the reason in words. estimates: expected nanoseconds of each engine that
-    was considered. Tables are made when first asked for and kept.
+    was considered. dense_rate: what the expected speedup compares with. Tables are made when asked for; their caches keep them.
     """
 
     pattern: Pattern
@@ -52,16 +54,17 @@ class Plan:
     impl: str
     why: str
     estimates: dict[str, float]
+    dense_rate: Rate | None = None
 
-    @cached_property
+    @property
     def layout(self) -> Layout:
         return layout(self.pattern, self.sizes.q_len, self.sizes.kv_len, self.sizes.heads)
 
-    @cached_property
+    @property
     def rows(self) -> Rows:
         return rows(self.pattern, self.sizes.q_len, self.sizes.kv_len, self.sizes.heads)
 
-    @cached_property
+    @property
     def cost(self) -> Cost:
         s = self.sizes
         return cost(
@@ -71,10 +74,12 @@ class Plan:
 
     @property
     def speedup(self) -> float | None:
-        """Expected time of dense over that of the chosen engine; None where nothing was compared."""
-        if self.impl not in self.estimates or "dense" not in self.estimates:
+        """Expected time of dense, as `without_sparsity` has it, over that of the chosen engine; None where nothing was compared."""
+        if self.impl not in self.estimates or self.dense_rate is None:
             return None
-        return self.estimates["dense"] / self.estimates[self.impl]
+        s = self.sizes
+        given_up = _dense_work(without_sparsity(self.pattern, s), s, s.batch * s.heads * s.q_len)
+        return self.dense_rate.time(given_up, s.head_dim) / self.estimates[self.impl]
 
     def __str__(self) -> str:
         c = self.cost
@@ -136,12 +141,12 @@ def choose(pattern: Pattern, sizes: Sizes, threads: int, known: Table) -> Plan:
         why = f"cheapest {counted}"
         if crossing and crossing.low and crossing.high:
             why = f"too close to call when measured ({_measured(crossing, known)}); {why}"
-        return Plan(pattern, sizes, ordered[0][0], why, estimates)
+        return Plan(pattern, sizes, ordered[0][0], why, estimates, rates["dense"])
     measured = f"{winner} was faster when measured ({_measured(crossing, known)})"
     if winner == "dense":
-        return Plan(pattern, sizes, "dense", measured, estimates)
+        return Plan(pattern, sizes, "dense", measured, estimates, rates["dense"])
     best = next(engine for engine, _ in ordered if engine != "dense")
-    return Plan(pattern, sizes, best, f"{measured}; the cheapest such engine {counted}", estimates)
+    return Plan(pattern, sizes, best, f"{measured}; the cheapest such engine {counted}", estimates, rates["dense"])
 
 
 def work(pattern: Pattern, sizes: Sizes) -> dict[str, Work]:
@@ -153,6 +158,24 @@ def work(pattern: Pattern, sizes: Sizes) -> dict[str, Work]:
     if pairs <= GATHER_PAIRS:
         found["gather"] = Work(rows, sizes.batch * pairs)
     return found
+
+
+def without_sparsity(pattern: Pattern, sizes: Sizes) -> Pattern:
+    """What a user runs who gave up the sparsity: `Causal` where the pattern is causal and SDPA can say so, `Dense` otherwise; the
+    pattern itself, as a mask, where nothing else is right: trees."""
+    if _has_tree(pattern):
+        return pattern
+    if sizes.q_len != sizes.kv_len:
+        return Dense()
+    lengths = sizes.q_len, sizes.kv_len, sizes.heads
+    causal = pattern.pairs(*lengths) == (pattern & Causal()).pairs(*lengths)
+    return Causal() if causal else Dense()
+
+
+def _has_tree(pattern: Pattern) -> bool:
+    if isinstance(pattern, (And, Or)):
+        return _has_tree(pattern.a) or _has_tree(pattern.b)
+    return isinstance(pattern, Tree)
 
 
 def _dense_work(pattern: Pattern, sizes: Sizes, rows: int) -> Work:

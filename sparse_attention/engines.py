@@ -22,7 +22,7 @@ class Engine(NamedTuple):
     """A plan made callable.
 
     forward(q, k, v, scale) -> (out, lse), without gradients. backward(dout, dlse or None, q, k, v, out, lse, scale) ->
-    (dq, dk, dv). attend(q, k, v, scale) -> out, differentiable by PyTorch; None if there is no such way.
+    (dq, dk, dv). attend(q, k, v, scale) -> out, differentiable by PyTorch; None if there is no such way. nbytes: of its tables.
     """
 
     plan: Plan
@@ -30,6 +30,7 @@ class Engine(NamedTuple):
     forward: Callable
     backward: Callable
     attend: Callable | None = None
+    nbytes: int = 0
 
 
 def _tile(plan: Plan, scale: float) -> Engine:
@@ -46,7 +47,7 @@ def _tile(plan: Plan, scale: float) -> Engine:
     def backward(dout, dlse, q, k, v, out, lse, scale):
         return native.tile_backward(dout, dlse, q, k, v, out, lse, by_query, by_key(), scale)
 
-    return Engine(plan, scale, forward, backward)
+    return Engine(plan, scale, forward, backward, nbytes=2 * layout.nbytes)
 
 
 def _gather(plan: Plan, scale: float) -> Engine:
@@ -64,7 +65,7 @@ def _gather(plan: Plan, scale: float) -> Engine:
     def backward(dout, dlse, q, k, v, out, lse, scale):
         return native.gather_backward(dout, dlse, q, k, v, out, lse, by_query, by_key(), scale)
 
-    return Engine(plan, scale, forward, backward)
+    return Engine(plan, scale, forward, backward, nbytes=2 * rows.nbytes)
 
 
 def _dense(plan: Plan, scale: float) -> Engine:
@@ -99,6 +100,7 @@ def _reference(plan: Plan, scale: float) -> Engine:
 
 _MAKERS = {"tile": _tile, "gather": _gather, "dense": _dense, "reference": _reference}
 _engines: dict[tuple, Engine] = {}
+_MOST_CALLS, _MOST_BYTES = 512, 1 << 30
 
 
 def engine(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, impl: str) -> Engine:
@@ -110,7 +112,7 @@ def engine(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, impl: str) -> Engi
         check_call(q, k, v, pattern, impl)
         plan = plan_of(pattern, Sizes.of(q, k), impl)
         found = _MAKERS[plan.impl](plan, plan.sizes.head_dim**-0.5)
-        if len(_engines) >= 512:
+        if len(_engines) >= _MOST_CALLS or found.nbytes + sum(kept.nbytes for kept in _engines.values()) > _MOST_BYTES:
             _engines.clear()
         _engines[key] = found
     return found

@@ -10,12 +10,12 @@ from uuid import uuid4
 from sparse_attention.patterns.base import Pattern
 from sparse_attention.patterns.compose import And, Or
 from sparse_attention.patterns.digest import Digested
-from sparse_attention.patterns.text import _NAMES, parse, text
+from sparse_attention.patterns.text import kinds, parse, text
 
 _registered: dict[str, Pattern] = {}
 _names: dict[Pattern, str] = {}
 # Patterns whose fields are numbers, booleans and tuples of them.
-_PLAIN = frozenset(kind for kind in _NAMES.values() if not issubclass(kind, Digested))
+_PLAIN = frozenset(kind for kind in kinds().values() if not issubclass(kind, Digested))
 
 
 def constant_when_traced(function):

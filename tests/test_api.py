@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import sparse_attention as sa
+from sparse_attention import dispatch, engines
 
 ENGINES = ["tile", "gather", "dense", "reference"]
 
@@ -234,6 +235,31 @@ def test_plan_names_the_engine_and_the_reason():
     told = sa.explain(q, k, v, sa.SlidingWindow(64))
     for word in (plan.impl, "tiles", "full", "partial", "FLOPs", "bytes", "expected"):
         assert word in told
+
+
+def test_dense_is_what_a_user_runs_who_gave_up_the_sparsity():
+    square, longer = (dispatch.Sizes(1, 4, 4, n, 4096, 64, torch.float32, "cpu") for n in (4096, 64))
+    tree = sa.Tree((-1, 0, 0, 1))
+    for pattern, sizes, given_up in (
+        (sa.SlidingWindow(64), square, sa.Causal()),
+        (sa.SlidingWindow(64), longer, sa.Dense()),
+        (sa.SlidingWindow(64) | sa.Sinks(4), square, sa.Dense()),
+        (sa.BigBird(64), square, sa.Dense()),
+        (tree | sa.Sinks(4), longer, tree | sa.Sinks(4)),
+    ):
+        assert dispatch.without_sparsity(pattern, sizes) == given_up
+    plan = dispatch.plan(sa.SlidingWindow(64), square)
+    assert 1 < plan.speedup < plan.estimates["dense"] / plan.estimates[plan.impl]  # which reads a mask
+
+
+def test_tables_kept_for_later_calls_are_bounded(monkeypatch):
+    monkeypatch.setattr(engines, "_engines", {})
+    monkeypatch.setattr(engines, "_MOST_BYTES", 1 << 20)
+    q, k, v = tensors((1, 1, 600, 16), (1, 1, 600, 16))
+    for seed in range(20):
+        columns = torch.randint(600, (60_000,), generator=torch.Generator().manual_seed(seed))
+        sa.attention(q, k, v, sa.Csr(torch.arange(601) * 100, columns), impl="gather")
+        assert 1 <= len(engines._engines) <= 2
 
 
 def test_merge_of_disjoint_parts_is_the_whole():

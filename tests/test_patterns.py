@@ -69,6 +69,12 @@ def test_mask_is_the_definition(pattern, q_len, kv_len, allowed):
     assert pattern.sparsity(q_len, kv_len) == pytest.approx(1 - expected.double().mean().item())
 
 
+def test_the_table_of_cases_has_every_pattern():
+    kinds = {kind for kind in vars(sp).values() if isinstance(kind, type) and issubclass(kind, sp.Pattern)} - {sp.Pattern}
+    told = " ".join(repr(case.make()) for case in CASES)
+    assert not [kind.__name__ for kind in kinds if f"{kind.__name__}(" not in told]
+
+
 def test_csr_takes_unsorted_and_duplicate_columns_and_empty_rows():
     pattern = sp.Csr(torch.tensor([0, 3, 3, 5]), torch.tensor([4, 0, 4, 2, 1], dtype=torch.int32))
     expected = torch.zeros(3, 5, dtype=torch.bool)

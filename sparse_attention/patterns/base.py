@@ -91,7 +91,11 @@ class Pattern:
     """A set of allowed (query, key) pairs. Subclasses are frozen dataclasses that define :meth:`allows`.
 
     Patterns compose: ``a & b`` allows what both allow, ``a | b`` what either does.
+
+    has_text: whether the repr, class name and literal arguments, holds all of the pattern.
     """
+
+    has_text = True
 
     def allows(self, i: torch.Tensor, j: torch.Tensor, lengths: Lengths) -> torch.Tensor:
         """Whether the query at position `i` sees the key at `j` (int64 tensors that broadcast); bool tensor.

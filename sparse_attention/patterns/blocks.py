@@ -63,6 +63,8 @@ class BlockSparse(Digested, Blocked):
     block_mask: torch.Tensor
     block: int
 
+    has_text = False
+
     def __post_init__(self):
         mask = self.block_mask
         if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool or mask.ndim not in (2, 3) or 0 in mask.shape:

@@ -23,6 +23,8 @@ class Csr(Digested):
     row_ptr: torch.Tensor
     col_idx: torch.Tensor
 
+    has_text = False
+
     def __post_init__(self):
         for name in ("row_ptr", "col_idx"):
             value = getattr(self, name)

@@ -22,6 +22,8 @@ class Predicate(Pattern):
 
     fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
+    has_text = False
+
     def __post_init__(self):
         if not callable(self.fn):
             raise ValueError(f"fn is {self.fn!r}; expected a function of two int64 tensors")

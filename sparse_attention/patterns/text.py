@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import ast
+from functools import cache
 
 from sparse_attention.patterns.base import Pattern
-from sparse_attention.patterns.bigbird import BigBird
 from sparse_attention.patterns.compose import And, Or
-from sparse_attention.patterns.dilated import Dilated, LogSparse, MultiScale, Strided
-from sparse_attention.patterns.documents import Documents
-from sparse_attention.patterns.fixed import Fixed, Longformer
-from sparse_attention.patterns.tree import Tree
-from sparse_attention.patterns.window import Causal, Dense, Sinks, SlidingWindow
 
-_NAMES = {
-    cls.__name__: cls
-    for cls in (
-        BigBird, Causal, Dense, Dilated, Documents, Fixed, LogSparse, Longformer, MultiScale, Sinks, SlidingWindow, Strided, Tree,
-    )
-}
+
+@cache
+def kinds() -> dict[str, type[Pattern]]:
+    """The public patterns whose repr holds all of them, by name."""
+    from sparse_attention import patterns
+
+    public = [getattr(patterns, name) for name in patterns.__all__]
+    found = [kind for kind in public if isinstance(kind, type) and issubclass(kind, Pattern) and kind is not Pattern]
+    return {kind.__name__: kind for kind in found if kind.has_text}
 
 
 def text(pattern: Pattern) -> str:
@@ -28,8 +26,8 @@ def text(pattern: Pattern) -> str:
         one = leaves.pop()
         if type(one) in (And, Or):
             leaves += [one.a, one.b]
-        elif _NAMES.get(type(one).__name__) is not type(one):
-            raise ValueError(f"pattern holds {one!r}, which has no text form; expected {', '.join(sorted(_NAMES))}, & and |")
+        elif kinds().get(type(one).__name__) is not type(one):
+            raise ValueError(f"pattern holds {one!r}, which has no text form; expected {', '.join(sorted(kinds()))}, & and |")
     return repr(pattern)
 
 
@@ -49,11 +47,11 @@ def _pattern(node: ast.expr, source: str) -> Pattern:
     if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.BitAnd, ast.BitOr)):
         kind = And if isinstance(node.op, ast.BitAnd) else Or
         return kind(_pattern(node.left, source), _pattern(node.right, source))
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _NAMES:
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in kinds():
         try:
             args = [ast.literal_eval(arg) for arg in node.args]
             named = {word.arg: ast.literal_eval(word.value) for word in node.keywords}
-            return _NAMES[node.func.id](*args, **named)
+            return kinds()[node.func.id](*args, **named)
         except TypeError as error:
             raise ValueError(f"text is {source!r}; {error}") from None
-    raise ValueError(f"text is {source!r}; expected {', '.join(sorted(_NAMES))} with literal arguments, joined by & and |")
+    raise ValueError(f"text is {source!r}; expected {', '.join(sorted(kinds()))} with literal arguments, joined by & and |")
