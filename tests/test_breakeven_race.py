@@ -1,12 +1,14 @@
 """Whole races in fresh processes, the stored run, and the command line with its exit codes."""
 
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 
 from sparse_attention.breakeven import Case, Race, Run, Sequential, Settings, TwoStage, Verdict, results, select
+from sparse_attention.breakeven import race as race_module
 from sparse_attention.breakeven.cli import main
 from sparse_attention.breakeven.progress import Silent
 from sparse_attention.breakeven.result import result
@@ -76,10 +78,19 @@ def test_columns_are_timed_beside_the_candidate_and_checked(found):
     assert "n/a" in text([found[1]["quick"]])
 
 
+def test_a_gate_on_one_thread_tells_about_all_cores_too(found, monkeypatch):
+    monkeypatch.setattr(race_module, "cores", lambda: 2)
+    monkeypatch.setattr(race_module, "pinned", lambda threads: [])
+    shown = raced([case("quick"), case("limited", limit_s=4e-3)])[1]
+    assert shown["quick"].columns["dense, 2 threads"]["speedup"] == pytest.approx(3.0, rel=0.05)
+    assert shown["limited"].columns == {}
+    assert not raced([case("quick")], threads=2)[1]["quick"].columns
+
+
 def test_the_table_has_a_row_a_case(found):
     shown = text(list(found[1].values()))
     row = next(line for line in shown.splitlines() if line.startswith("quick"))
-    assert "3.0" in row and "x [" in row and "PASS" in row and "ms" in row
+    assert re.search(r"\d ms +\d+\S* [mu]s +[23]\.?\d*x \[.* PASS", row)
     assert "limit 4.00 ms" in shown
     assert "zeros: WRONG: AssertionError" in shown
     assert markdown(list(found[1].values())).count("\n") == len(found[1]) + 1

@@ -55,8 +55,9 @@ def _gate(options) -> int:
 
 
 def _measured(options, gate: bool) -> int:
-    against = terms(options, _cases(options), options.threads, options.device, options.table)
-    cases, settings = against.cases, replace(_settings(options), **against.settings)
+    settings = _settings(options)
+    against = terms(options, _cases(options), settings.threads, settings.device, options.table)
+    cases, settings = against.cases, replace(settings, **against.settings)
     if options.dry_run:
         print(f"{len(cases)} cases, at least {settings.policy.blocks} blocks, {settings.threads} threads,", end=" ")
         print(f"{duration(settings.budget_s)} at most, on {machine.machine_class(settings.device)}:")
@@ -151,7 +152,7 @@ def _cases(options) -> list[Case]:
 def _settings(options) -> Settings:
     return Settings(
         budget_s=options.budget,
-        threads=options.threads,
+        threads=options.threads or machine.default_threads(options.device),
         policy=_policy(options),
         device=options.device,
         seed=options.seed,
@@ -217,7 +218,7 @@ def _parser() -> argparse.ArgumentParser:
 
     measuring = argparse.ArgumentParser(add_help=False)
     measuring.add_argument("--budget", type=seconds, default=Settings.budget_s, metavar="TIME", help="such as 60s or 5m")
-    measuring.add_argument("--threads", type=positive, default=machine.cores())
+    measuring.add_argument("--threads", type=positive, help="1 unless given; all cores beside a GPU")
     measuring.add_argument("--device", default="cpu", help="cpu, cuda, cuda-graph or the module:Class of a clock")
     measuring.add_argument("--resume", metavar="FILE", help="go on from a run that was cut short")
     measuring.add_argument("--dry-run", action="store_true", help="say what would be measured")

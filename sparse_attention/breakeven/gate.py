@@ -29,7 +29,8 @@ class Gate:
         self._config = config
         option = config.option
         policy = Sequential() if option.breakeven_policy == "sequential" else TwoStage()
-        self._settings = Settings(option.breakeven_budget, option.breakeven_threads, policy, option.breakeven_device)
+        threads = option.breakeven_threads or machine.default_threads(option.breakeven_device)
+        self._settings = Settings(option.breakeven_budget, threads, policy, option.breakeven_device)
         target = option.breakeven_worker
         self._worker = BlockWriter(target, self._settings.threads, self._settings.device) if target else None
         self._comparisons = Comparisons(config, self._settings)

@@ -37,6 +37,11 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
+def default_threads(device: str = "cpu") -> int:
+    """One on a CPU, where neighbours disturb a ratio on one core least; beside a GPU all that there are."""
+    return cores() if device.startswith("cuda") else 1
+
+
 def pinned(threads: int) -> list[int]:
     """The cores to which a worker of `threads` threads is pinned: the last ones, since interrupts favour the first."""
     if not hasattr(os, "sched_getaffinity"):

@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import pytest
 
-from . import machine
 from .case import Case, Workload
 from .cli import positive, seconds
 from .gate import Gate
@@ -25,7 +24,7 @@ _KEY: pytest.StashKey[Gate] = pytest.StashKey()
 def pytest_addoption(parser):
     group = parser.getgroup("breakeven", "performance against a baseline")
     group.addoption("--breakeven-budget", type=seconds, default=Settings.budget_s, metavar="TIME", help="such as 60s or 5m")
-    group.addoption("--breakeven-threads", type=positive, default=machine.cores(), metavar="N")
+    group.addoption("--breakeven-threads", type=positive, metavar="N", help="1 unless given; all cores beside a GPU")
     group.addoption("--breakeven-device", default="cpu", help="cpu, cuda, cuda-graph or the module:Class of a clock")
     group.addoption("--breakeven-policy", choices=("two-stage", "sequential"), default="two-stage")
     group.addoption("--breakeven-json", metavar="FILE", help="store the run, with the times of every block")

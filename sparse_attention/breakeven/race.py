@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
+import statistics
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from .case import Case
@@ -15,6 +17,7 @@ from .process import WorkerDied, run_worker
 from .progress import Progress, duration
 from .result import judge_record
 from .sampling import GroupPlan, plan, planned_seconds
+from .statistics import block_log_speedup
 from .store import Block, Record, Run
 from .verdict import Policy, TwoStage
 
@@ -22,7 +25,7 @@ from .verdict import Policy, TwoStage
 @dataclass(frozen=True)
 class Settings:
     budget_s: float = 255.0  # wall time for everything, builds included
-    threads: int = field(default_factory=cores)
+    threads: int = 1
     policy: Policy = TwoStage()
     device: str = "cpu"
     seed: int = 0
@@ -62,6 +65,7 @@ class Race:
         """Scout, measure and time the columns; returns the run."""
         self.scout()
         self.first_look()
+        self.all_cores()
         self.columns()
         self.further_looks()
         self._keep()
@@ -106,9 +110,34 @@ class Race:
         while chosen := self._affordable(self._pending(first_look=False)):
             self._block(chosen, self.left_s / max(self._judged(r).more for r in chosen))
 
+    def all_cores(self) -> None:
+        """One block on all cores, for information, where the gate itself is on one thread of a CPU."""
+        threads = cores()
+        name = f"{'base' if self.settings.base else 'dense'}, {threads} threads"
+        wanted = [r for r in self.run.records.values() if r.ready and r.blocks and r.baseline and name not in r.columns]
+        is_cpu = getattr(kind(self.settings.device), "on_threads", False)
+        if not is_cpu or self.settings.threads != 1 or threads == 1 or not wanted:
+            return
+        plans, needed_s = self.planned(wanted, self.left_s / 3)
+        if needed_s > self.left_s:
+            return
+        what = f"{len(wanted)} cases on {threads} threads"
+        try:
+            found = self._block_worker(wanted, plans, what, threads=threads, cores=pinned(threads), timeout_s=self.left_s)
+        except WorkerDied as died:
+            self.progress.line(f"{what}: {died}")
+            return
+        for record in wanted:
+            block = Block(0, record.baseline, **found["samples"].get(record.case.id, {"baseline_s": [], "candidate_s": [], "clean": []}))
+            if block.valid:
+                baseline_s, candidate_s = block.clean_pairs()
+                speedup = record.scout.get("scale", 1.0) * math.exp(block_log_speedup(baseline_s, candidate_s))
+                record.columns[name] = {"seconds": statistics.median(baseline_s), "speedup": speedup}
+
     def columns(self) -> None:
         """Further rivals of the cases that name some, in half of the time that is left."""
-        wanted = [r.case for r in self.run.records.values() if r.case.columns and r.ready and not r.columns]
+        ready = [r for r in self.run.records.values() if r.ready]
+        wanted = [r.case for r in ready if any(name not in r.columns for name in r.case.columns)]
         budget_s = self.left_s / 2
         if not wanted or budget_s < 5:
             return
@@ -118,7 +147,7 @@ class Race:
             self.progress.line(f"further rivals: {died}")
             return
         for case_id, entry in found.items():
-            self.run.records[case_id].columns = entry
+            self.run.records[case_id].columns |= entry
 
     @property
     def elapsed_s(self) -> float:
@@ -142,14 +171,7 @@ class Race:
         what = f"block {number + 1} of {self.settings.policy.blocks}+, {len(records)} cases"
         start = time.perf_counter()
         try:
-            found = self._worker(
-                "block",
-                [r.case for r in records],
-                what,
-                seed=self.settings.seed + number + 1,
-                plans={group: chosen.as_dict() for group, chosen in plans.items()},
-                baseline={r.case.id: r.baseline for r in records},
-            )
+            found = self._block_worker(records, plans, what, seed=self.settings.seed + number + 1)
         except WorkerDied as died:
             self._deaths += 1
             self.progress.line(f"{what}: {died}")
@@ -167,6 +189,11 @@ class Race:
         self.run.evidence.append(found["evidence"])
         self._overhead_s = time.perf_counter() - start - found["evidence"]["measured_s"]
         self._keep()
+
+    def _block_worker(self, records: list[Record], plans: dict[str, GroupPlan], what: str, **fields: Any) -> dict[str, Any]:
+        plan_of = {group: chosen.as_dict() for group, chosen in plans.items()}
+        baseline = {r.case.id: r.baseline for r in records}
+        return self._worker("block", [r.case for r in records], what, plans=plan_of, baseline=baseline, **fields)
 
     def _worker(self, kind: str, cases: list[Case], what: str, **fields: Any) -> dict[str, Any]:
         def tell(text):

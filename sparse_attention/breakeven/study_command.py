@@ -26,7 +26,7 @@ def add_commands(command: Callable, seconds: Callable, positive: Callable, fract
     study.add_argument("--cases", action="append", default=[], metavar="PATTERN", help="shell pattern on ids and tags")
     study.add_argument("--sizes", choices=("default", "full"), default="default", help="full: also the families tagged so")
     study.add_argument("--budget", type=seconds, default=180.0, metavar="TIME", help="such as 60s or 5m")
-    study.add_argument("--threads", type=positive, default=machine.cores())
+    study.add_argument("--threads", type=positive, default=1)
     study.add_argument("--device", default="cpu", help="cpu, cuda, cuda-graph or the module:Class of a clock")
     study.add_argument("--alpha", type=fraction, default=POLICY.alpha, help="error probability of calling a size, on each side")
     study.add_argument("--json", metavar="FILE", help="write everything here, after every round")
