@@ -69,18 +69,22 @@ def slowed(extra: float, pattern: str, causal: bool, **sizes) -> Workload:
 
 
 def faulty(fault: str, **sizes) -> Workload:
-    """Causal attention whose kernel is "dense", so no faster, or returns "zeros" or "yesterday"'s output."""
+    """Causal attention whose kernel is "dense", so no faster, returns "zeros", a copy of "yesterday"'s output or that output
+    itself ("cached"), or is said to do more than the machine could do in its time ("impossible").
+    """
     q, k, v, _ = tensors(**sizes)
     dense = baselines.dense(q, k, v, causal=True)
     kept: list[torch.Tensor] = []
 
-    def yesterday():
+    def cached():
         if not kept:
             kept.append(dense["sdpa"]())
-        return kept[0].clone()
+        return kept[0]
 
-    kernels = {"dense": dense["sdpa"], "zeros": lambda: torch.zeros_like(q), "yesterday": yesterday}
-    return Workload(kernels[fault], dense, Oracle(q, k, v, parse("Causal()")).check, inputs=(q, k, v))
+    kernels = {"zeros": lambda: torch.zeros_like(q), "yesterday": lambda: cached().clone(), "cached": cached}
+    work = {"flops": 1e15} if fault == "impossible" else {}
+    check = Oracle(q, k, v, parse("Causal()")).check
+    return Workload(kernels.get(fault, dense["sdpa"]), dense, check, inputs=(q, k, v), work=work)
 
 
 def side_stream(**sizes) -> Workload:
@@ -103,6 +107,8 @@ BROKEN = [
     Case("dense", "perf.proof:faulty", {"fault": "dense", **SMALL}, floor=1.05),
     Case("zeros", "perf.proof:faulty", {"fault": "zeros", **SMALL}),
     Case("yesterday", "perf.proof:faulty", {"fault": "yesterday", **SMALL}),
+    Case("cached", "perf.proof:faulty", {"fault": "cached", **SMALL}),
+    Case("impossible", "perf.proof:faulty", {"fault": "impossible", **SMALL}),
     Case("side-stream", "perf.proof:side_stream", shape(16, 4 * K, 64, dtype="bfloat16")),
     Case("sound", "perf.workloads:forward", {"pattern": "SlidingWindow(256)", "causal": True, **SMALL}),
 ]
@@ -114,11 +120,14 @@ def gate(*arguments: str, table: str = "BROKEN") -> tuple[str, ...]:
     return ("sparse_attention.breakeven", "gate", "--table", f"perf.proof:{table}", *arguments, *settings)
 
 
+SIDE_STREAM = gate("--cases", "side-stream", "--device", "cuda")
 CONTROLS = [
     Control("the candidate is dense, at floor 1.05", gate("--cases", "dense"), (10,), "dense .*FAIL"),
     Control("a kernel that returns zeros", gate("--cases", "zeros"), (1,), "WRONG: AssertionError"),
-    Control("a kernel that returns yesterday's output", gate("--cases", "yesterday"), (1,), "WRONG: after its inputs changed"),
-    Control("a kernel on a side stream", gate("--cases", "side-stream", "--device", "cuda"), (1, 12), needs="cuda"),
+    Control("a kernel that returns yesterday's output", gate("--cases", "yesterday"), (1,), "SUSPICIOUS: its output stayed"),
+    Control("a kernel that returns its cached tensor", gate("--cases", "cached"), (1,), "SUSPICIOUS: it returned the memory"),
+    Control("a kernel too fast for the machine", gate("--cases", "impossible"), (1,), "SUSPICIOUS: faster than this machine"),
+    Control("a kernel on a side stream", SIDE_STREAM, (1,), "SUSPICIOUS: work on another stream", needs="cuda"),
     Control("a sound kernel", gate("--cases", "sound"), (0,), "sound .*PASS"),
     Control("the same beside busy neighbours", gate("--cases", "sound"), (12,), "NOT EVALUATED: contended", neighbours=True),
     Control("a renamed case", gate("--cases", "renamed"), (13,), "no case .* matches 'renamed'"),

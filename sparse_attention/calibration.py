@@ -228,7 +228,7 @@ def _seconds(record: Record) -> float | None:
 
 def _require_right(run: Run) -> None:
     for found in results(run, POLICY):
-        if found.verdict is Verdict.WRONG:
+        if found.verdict in (Verdict.WRONG, Verdict.SUSPICIOUS):
             raise RuntimeError(f"{found.id}: {found.reason}")
 
 

@@ -9,11 +9,12 @@ import sys
 import numpy as np
 
 from sparse_attention.breakeven import Case, Unavailable, Workload
+from sparse_attention.breakeven.clock import Clock
 
 DEVICE = "tests.breakeven_toys:ToldClock"
 
 
-class ToldClock:
+class ToldClock(Clock):
     """Reads the seconds that workloads add to `now`."""
 
     least_s = 1e-3
@@ -76,6 +77,13 @@ def doubling(fast: float = 1e-3, slow: float = 3e-3, fault: str = "", factor: fl
         inputs=[x],
         columns={"rival": lambda: rival, "wrong": lambda: lambda: np.zeros(8)},
     )
+
+
+def working(flops: float) -> Workload:
+    """`doubling` that says how much it must do."""
+    workload = doubling()
+    workload.work = {"flops": flops}
+    return workload
 
 
 _shared: list[np.ndarray] = []

@@ -172,11 +172,11 @@ def test_fixture_fails_with_10(session):
     found.assert_outcomes(failed=1)
 
 
-@pytest.mark.parametrize("fault", ["zeros", "yesterday"])
-def test_fixture_checks_against_the_baseline_by_default(session, fault):
+@pytest.mark.parametrize("fault, said", [("zeros", "wrong"), ("yesterday", "suspicious")])
+def test_fixture_checks_against_the_baseline_by_default(session, fault, said):
     found = session(PAIR.format(slow=3e-3, fault=fault, floor=1.0), benchmark=False)
     assert found.ret == 1
-    found.stdout.fnmatch_lines(["*wrong, so it has no time*"])
+    found.stdout.fnmatch_lines([f"*{said}, so it has no time*"])
 
 
 def test_fixture_serves_several_calls_and_tests(session):

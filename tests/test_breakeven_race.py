@@ -29,7 +29,7 @@ def raced(cases, policy=Sequential((2,)), **settings):
 
 @pytest.fixture(scope="module")
 def found():
-    faults = [case(fault, fault=fault) for fault in ("zeros", "yesterday", "later", "raises", "dies")]
+    faults = [case(fault, fault=fault) for fault in ("zeros", "yesterday", "cached", "later", "raises", "dies")]
     away = [Case("away", "tests.breakeven_toys:nowhere"), Case("gone", "tests.breakeven_toys:no_such_builder")]
     return raced([case("quick", columns=("rival", "wrong")), case("limited", limit_s=4e-3), *faults, *away])
 
@@ -52,7 +52,6 @@ def test_a_limit_stands_in_for_a_baseline(found):
     "name, reason",
     [
         ("zeros", "AssertionError"),
-        ("yesterday", "after its inputs changed"),
         ("later", "after it was timed"),
         ("raises", "no such kernel image"),
         ("dies", "exit status 3"),
@@ -64,6 +63,14 @@ def test_a_wrong_kernel_has_no_time(found, name, reason):
     assert wrong.verdict is Verdict.WRONG
     assert reason in wrong.reason
     assert wrong.candidate_s is None
+
+
+@pytest.mark.parametrize("name, reason", [("yesterday", "stayed the same"), ("cached", "memory of an earlier call")])
+def test_a_kernel_that_does_not_compute_is_suspicious(found, name, reason):
+    cheat = found[1][name]
+    assert cheat.verdict is Verdict.SUSPICIOUS
+    assert reason in cheat.reason
+    assert cheat.candidate_s is None
 
 
 def test_a_case_that_cannot_run_here_is_not_evaluated(found):

@@ -137,6 +137,7 @@ PASS, FAIL, OPEN, NOT, WRONG = (
         ([PASS, OPEN], True, False, ExitCode.INCONCLUSIVE),
         ([PASS, FAIL, OPEN, NOT], True, False, ExitCode.BELOW_BREAK_EVEN),
         ([FAIL, WRONG], False, False, ExitCode.WRONG),
+        ([PASS, Verdict.SUSPICIOUS], False, True, ExitCode.WRONG),
         ([PASS, NOT], False, False, ExitCode.NOT_EVALUATED),
         ([PASS, NOT], False, True, ExitCode.OK),
         ([NOT, NOT], False, True, ExitCode.NOTHING_CHECKED),

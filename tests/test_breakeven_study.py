@@ -251,7 +251,7 @@ def test_command_study_selects_and_refuses(monkeypatch, capsys):
 
 def test_the_projects_families_can_be_built():
     from perf import study
-    from sparse_attention.breakeven.sampling import check
+    from sparse_attention.breakeven.checking import check
 
     ids = [one.id for one in [*study.FAMILIES, *study.PUBLISHED]]
     assert len(set(ids)) == len(ids)

@@ -416,7 +416,7 @@ def test_a_table_that_dispatch_would_refuse_is_not_written(tmp_path):
 @pytest.mark.parametrize("pattern, dtype, head_dim", calibration.FAMILIES[:4])
 def test_what_is_timed_is_right(pattern, dtype, head_dim):
     from sparse_attention import calibration_workloads as workloads
-    from sparse_attention.breakeven.sampling import WrongOutput, check
+    from sparse_attention.breakeven.checking import WrongOutput, check
     from sparse_attention.reference import reference
 
     for engine in RATES:

@@ -64,7 +64,7 @@ class Workload:
     refresh: Callable[[int], None] | None = None  # changes the inputs, for a seed, where drawing new values is not enough
     prepare: Callable[[str], None] | None = None  # called with the name of a baseline before it is timed
     columns: Mapping[str, Callable[[], Callable[[], Any]]] = field(default_factory=dict)  # name -> maker of a rival
-    work: Mapping[str, float] = field(default_factory=dict)  # of one call: flops, bytes, pairs, dense_pairs, as far as known
+    work: Mapping[str, float] = field(default_factory=dict)  # that a call must do at least: flops, bytes, pairs, dense_pairs
     scale: float = 1.0  # multiplies the speedup: the ratio of work where rates rather than times are compared
     note: str = ""
 

@@ -3,28 +3,64 @@
 from __future__ import annotations
 
 import importlib
+import math
 import time
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .peaks import Peak, cpu_peak
 
 
-class Clock(Protocol):
-    """Made without arguments, in the process that measures."""
+class Clock:
+    """Made without arguments, in the process that measures. `time`, `settle` and `least_s` make a clock; the rest tells more
+    about the device where that is known, and has these defaults in a class that is not derived from this one too.
+    """
 
     least_s: float  # a timed half shorter than this is repeated in an inner loop
+    on_threads = False  # whether what is timed runs on the threads that were asked for
 
     def time(self, call: Callable[[], Any], inner: int) -> float:
         """Seconds for one of `inner` calls made in a row."""
-        ...
+        raise NotImplementedError
 
     def settle(self) -> None:
         """Return once the device is idle."""
-        ...
+        raise NotImplementedError
+
+    def together(self, calls: Sequence[Callable[[], Any]]) -> None:
+        """Told before calls are raced against each other, so that they are timed in one way."""
+
+    def figures(self, call: Callable[[], Any]) -> dict[str, float]:
+        """Further figures of a call that was timed, in seconds: for information."""
+        return {}
+
+    def speed(self) -> float | None:
+        """How fast the device's clock ran in the last timed half, in any unit; None where it cannot be told."""
+        return None
+
+    def throttled(self) -> str:
+        """Why the device was held back in the last timed half; "" where it was not, or cannot be told."""
+        return ""
+
+    def unfinished(self, call: Callable[[], Any]) -> tuple[float, float] | None:
+        """Seconds until a call was over for whoever waits for it as `time` does, and until the whole device was idle."""
+        return None
+
+    def peak(self) -> Peak | None:
+        """What no kernel on this device can exceed."""
+        return None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Evidence about the device, for the record."""
+        return {}
 
 
-class CpuClock:
+class CpuClock(Clock):
     least_s = 2e-3
-    on_threads = True  # what is timed runs on the threads that were asked for
+    on_threads = True
+
+    def __init__(self):
+        self._speeds: list[float] = []
 
     def time(self, call: Callable[[], Any], inner: int) -> float:
         repeat = range(inner)
@@ -36,67 +72,43 @@ class CpuClock:
     def settle(self) -> None:
         pass
 
+    def speed(self) -> float:
+        """Turns of an empty loop a second on this thread's core, the best of some tries of about 10 us."""
+        best = math.inf
+        for _ in range(_SPINS):
+            start = time.perf_counter_ns()
+            for _ in _SPIN:
+                pass
+            best = min(best, time.perf_counter_ns() - start)
+        self._speeds.append(len(_SPIN) / best * 1e9)
+        return self._speeds[-1]
 
-class CudaClock:
-    """Events around the calls on the current stream, with the L2 cache overwritten before each half."""
+    def peak(self) -> Peak | None:
+        return cpu_peak()
 
-    least_s = 50e-6
-
-    def __init__(self):
-        import torch
-
-        self._cuda = torch.cuda
-        l2_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-        self._flush = torch.empty(2 * l2_bytes, dtype=torch.uint8, device="cuda")
-
-    def time(self, call: Callable[[], Any], inner: int) -> float:
-        start, stop = (self._cuda.Event(enable_timing=True) for _ in range(2))
-        run = self._runner(call, inner)
-        self._flush.zero_()
-        start.record()
-        run()
-        stop.record()
-        stop.synchronize()
-        return start.elapsed_time(stop) * 1e-3 / inner
-
-    def settle(self) -> None:
-        self._cuda.synchronize()
-
-    def _runner(self, call, inner):
-        def run():
-            for _ in range(inner):
-                call()
-
-        return run
+    def as_dict(self) -> dict[str, Any]:
+        if not self._speeds:
+            return {}
+        return {"spins_per_s": max(self._speeds), "slowest_share": min(self._speeds) / max(self._speeds)}
 
 
-class CudaGraphClock(CudaClock):
-    """Replays a captured graph of the inner loop, so that launches are not timed."""
-
-    def __init__(self):
-        super().__init__()
-        self._graphs: dict[tuple[Callable[[], Any], int], Any] = {}
-
-    def _runner(self, call, inner):
-        key = (call, inner)
-        if key not in self._graphs:
-            call()
-            self.settle()
-            graph = self._cuda.CUDAGraph()
-            with self._cuda.graph(graph):
-                super()._runner(call, inner)()
-            self._graphs[key] = graph
-        return self._graphs[key].replay
-
-
-CLOCKS: dict[str, type] = {"cpu": CpuClock, "cuda": CudaClock, "cuda-graph": CudaGraphClock}
+_SPIN, _SPINS = range(1000), 5
+_CUDA = f"{__package__}.cuda_clock"
+CLOCKS: dict[str, str | type] = {"cpu": CpuClock, "cuda": f"{_CUDA}:CudaClock", "cuda-graph": f"{_CUDA}:CudaGraphClock"}
 
 
 def kind(device: str) -> type:
     """The clock class of `device`: a key of CLOCKS, or the "package.module:Class" of one of your own."""
-    module, _, name = device.partition(":")
-    if name:
-        return getattr(importlib.import_module(module), name)
-    if device not in CLOCKS:
+    found = CLOCKS.get(device, device)
+    if isinstance(found, type):
+        return found
+    module, _, name = found.partition(":")
+    if not name:
         raise ValueError(f"device must be one of {', '.join(CLOCKS)} or 'package.module:Class', got {device!r}")
-    return CLOCKS[device]
+    return getattr(importlib.import_module(module), name)
+
+
+def make(device: str) -> Clock:
+    """A clock of `device`; one of your own that lacks what a clock need not have gets the defaults."""
+    found = kind(device)
+    return found() if issubclass(found, Clock) else type(found.__name__, (found, Clock), {})()

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from . import clock as clocks
-from . import machine, sampling
+from . import checking, machine, sampling, suspicion
 from .case import Case, Workload
 from .progress import Progress
 from .race import Settings
@@ -50,7 +50,7 @@ class Comparisons:
             self._block([node])
         if not record.blocks and record.error is None:
             record.error = f"run again in a fresh process, the test did not reach breakeven(): {self._said}"
-        record.scout = {"status": "ok", "baselines": {"baseline": 0.0}}
+        record.scout = record.scout or {"status": "ok", "baselines": {"baseline": 0.0}}
         spare = self._policy.blocks if any(b.valid for b in record.blocks) else 0  # in place of disturbed ones
         while record.error is None and judge_record(record, self._policy).more and spare:
             before = sum(b.valid for b in record.blocks)
@@ -97,6 +97,7 @@ class Comparisons:
         record = self.records.setdefault(entry["key"], Record(Case(entry["key"], "pytest:test")))
         if entry["error"] is not None:
             record.error = entry["error"]
+            record.scout = {"status": "suspicious", "reason": entry["error"]} if entry.get("suspicious") else {}
         else:
             record.blocks.append(Block(len(record.blocks), "baseline", **entry["samples"]))
 
@@ -115,18 +116,27 @@ class BlockWriter:
         try:
             entry["samples"] = vars(_one_block(workload, self._number, self._device))
         except Exception as error:
-            entry["error"] = sampling.summary(error)
+            entry["error"] = checking.summary(error)
+            entry["suspicious"] = isinstance(error, checking.Suspicious)
         with open(self._path, "a") as f:
             f.write(json.dumps(entry) + "\n")
 
 
 def _one_block(workload: Workload, number: int, device: str) -> sampling.Samples:
-    clock = clocks.kind(device)()
-    sampling.check_fresh(workload, seed=number)
+    clock = clocks.make(device)
+    _require_seen(workload, clock)
+    checking.check_fresh(workload, seed=number)
     members = {"": workload.baselines["baseline"], "candidate": workload.candidate}
     seconds = {name: sampling.estimate(call, clock) for name, call in members.items()}
     plans = sampling.plan({"pair": seconds}, clock.least_s, BLOCK_S)
     entry = sampling.Entry("candidate", workload, "pair", "baseline")
     samples = sampling.measure([entry], plans, clock, seed=number)
-    sampling.check(workload)
+    for error in checking.recheck({"candidate": workload}, seed=number + 1).values():
+        raise error
+    _require_seen(workload, clock)
     return samples["candidate"]
+
+
+def _require_seen(workload: Workload, clock: clocks.Clock) -> None:
+    if reason := suspicion.left_running(workload.candidate, clock):
+        raise checking.Suspicious(reason)

@@ -88,4 +88,4 @@ def _possible(needs: str) -> bool:
     return torch.cuda.is_available()
 
 
-_TELLING = re.compile(r"WRONG|FAIL\b|NOT EVALUATED|exit \d|^breakeven: |^ERROR|no tests ran|deselected")
+_TELLING = re.compile(r"WRONG|SUSPICIOUS|FAIL\b|NOT EVALUATED|exit \d|^breakeven: |^ERROR|no tests ran|deselected")

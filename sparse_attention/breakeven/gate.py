@@ -169,8 +169,8 @@ class Gate:
 
     def _conclude(self, request: pytest.FixtureRequest, found: Result) -> None:
         request.node.user_properties.append(("breakeven", found.as_dict()))
-        if found.verdict is Verdict.WRONG:
-            pytest.fail(f"{found.id}: wrong, so it has no time: {found.reason}", pytrace=False)
+        if found.verdict in (Verdict.WRONG, Verdict.SUSPICIOUS):
+            pytest.fail(f"{found.id}: {found.verdict.value.lower()}, so it has no time: {found.reason}", pytrace=False)
         if found.verdict is Verdict.NOT_EVALUATED:
             pytest.skip(f"not evaluated: {found.reason}")
         if found.verdict is Verdict.FAIL:

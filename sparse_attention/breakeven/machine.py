@@ -56,7 +56,17 @@ def machine_class(device: str = "cpu") -> str:
 
         words = torch.cuda.get_device_name().lower().replace("nvidia", "").replace("geforce", "").split()
         return f"cuda/{words[0]}"
-    return f"cpu/{_microarchitecture(_cpuinfo())}/{cores()}c"
+    return f"cpu/{architecture()}/{cores()}c"
+
+
+def architecture() -> str:
+    """The processor's microarchitecture, such as "zen4"."""
+    return _microarchitecture(_cpuinfo())
+
+
+def cpu_flags() -> frozenset[str]:
+    """Instruction sets of the processor, as Linux names those of x86; empty elsewhere."""
+    return frozenset(_cpuinfo().get("flags", "").split())
 
 
 def describe(device: str = "cpu") -> dict[str, Any]:

@@ -181,8 +181,9 @@ class Race:
             return
         for record in records:
             record.error = found["errors"].get(record.case.id)
-            if reason := found.get("unavailable", {}).get(record.case.id):
-                record.scout = {**record.scout, "status": "unavailable", "reason": reason}
+            for status in ("unavailable", "suspicious"):
+                if reason := found.get(status, {}).get(record.case.id):
+                    record.scout = {**record.scout, "status": status, "reason": reason}
             samples = found["samples"].get(record.case.id)
             if samples:
                 record.blocks.append(Block(number, record.baseline, **samples))

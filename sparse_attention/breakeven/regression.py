@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-from . import revision, sampling
+from . import checking, revision
 from .case import Case, Unavailable, Workload
 from .result import Result
 from .statistics import Interval, t_quantile
@@ -66,7 +66,7 @@ def pair(build: str, args: Mapping[str, Any], commit: str, folder: str, packages
         (base.refresh or head.refresh)(seed)
 
     return Workload(
-        head.candidate, {what: base.candidate}, head.check, head.inputs, head.refresh and refresh, note=head.note
+        head.candidate, {what: base.candidate}, head.check, head.inputs, head.refresh and refresh, work=head.work, note=head.note
     )
 
 
@@ -120,7 +120,7 @@ def _base_workload(
             others.require_apart()
             return found
         except Exception as error:
-            failures.append(f"{', '.join(sorted({*taken}))} of the base: {sampling.summary(error)}")
+            failures.append(f"{', '.join(sorted({*taken}))} of the base: {checking.summary(error)}")
     raise Unavailable(f"{what} cannot run it; with " + "; with ".join(failures))
 
 
@@ -132,8 +132,8 @@ def _load(folder: str, packages: tuple[str, ...], along: str, label: str) -> rev
 def _check(base: Workload, head: Workload) -> None:
     """The base does the same work: its output passes the check or, as checks become stricter, is within a percent of head's."""
     try:
-        sampling.check(base)
-    except sampling.WrongOutput:
+        checking.check(base)
+    except checking.WrongOutput:
         if not _within_a_percent(base.candidate(), head.candidate()):
             raise
 

@@ -76,6 +76,8 @@ def result(record: Record, policy: Policy) -> Result:
     """The case's verdict, no more blocks being measured."""
     case = record.case
     status = record.scout.get("status")
+    if status == "suspicious":
+        return Result(case.id, Verdict.SUSPICIOUS, case.floor, record.scout["reason"])
     if record.error is not None or status == "wrong":
         return Result(case.id, Verdict.WRONG, case.floor, record.error or record.scout["reason"])
     if status != "ok":

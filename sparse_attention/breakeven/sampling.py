@@ -1,10 +1,9 @@
-"""Checking and timing live workloads in this process. Nothing here decides anything: it returns times and evidence."""
+"""Timing live workloads in this process. Nothing here decides anything: it returns times and evidence."""
 
 from __future__ import annotations
 
 import gc
 import random
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,10 +13,7 @@ from .clock import Clock
 from .machine import Usage
 
 LEAST_PAIRS, MOST_PAIRS = 2, 20
-
-
-class WrongOutput(Exception):
-    """The candidate's output failed its check, or computing it raised."""
+LEAST_SPEED = 0.75  # of the block's fastest clock
 
 
 @dataclass
@@ -51,91 +47,35 @@ class Samples:
     baseline_s: list[float] = field(default_factory=list)
     candidate_s: list[float] = field(default_factory=list)
     clean: list[bool] = field(default_factory=list)
+    disturbed: dict[str, int] = field(default_factory=dict)  # pairs by what disturbed them
+    figures: dict[str, float] = field(default_factory=dict)  # further ones of the clock, in seconds
+
+    def add(self, pair: Pair, fastest: float) -> None:
+        """Keep a pair; `fastest` is the fastest clock of the block."""
+        slow = pair.speed is not None and pair.speed < LEAST_SPEED * fastest
+        cause = pair.candidate.disturbed or pair.baseline.disturbed or ("slow clock" if slow else "")
+        self.baseline_s.append(pair.baseline.seconds)
+        self.candidate_s.append(pair.candidate.seconds)
+        self.clean.append(not cause)
+        if cause:
+            self.disturbed[cause] = self.disturbed.get(cause, 0) + 1
 
 
-def check(workload: Workload) -> None:
-    """Run the candidate over freed memory full of NaN and check what it returns; without a check, against the first baseline."""
-    try:
-        if len(workload.inputs):
-            poison(workload.candidate(), workload.inputs)
-        output = workload.candidate()
-        if workload.check is not None:
-            workload.check(output)
-        elif workload.baselines:
-            agree(output, next(iter(workload.baselines.values()))())
-    except Exception as error:
-        raise WrongOutput(summary(error)) from error
+@dataclass(frozen=True)
+class Half:
+    seconds: float
+    disturbed: str = ""  # by what
+    speed: float | None = None  # of the device's clock
 
 
-def summary(error: Exception) -> str:
-    """The error in one line; long ones, such as arrays compared, are cut."""
-    kind = "" if isinstance(error, WrongOutput) else type(error).__name__
-    return ": ".join(filter(None, (kind, " ".join(str(error).split())[:300])))
+@dataclass(frozen=True)
+class Pair:
+    baseline: Half
+    candidate: Half
 
-
-def check_fresh(workload: Workload, seed: int) -> None:
-    """Check, change the inputs in place, check again: an output kept from an earlier call does not survive this."""
-    check(workload)
-    if workload.refresh is not None:
-        workload.refresh(seed)
-    elif len(workload.inputs):
-        redraw(workload.inputs, seed)
-    else:
-        return
-    try:
-        check(workload)
-    except WrongOutput as error:
-        raise WrongOutput(f"after its inputs changed: {error}") from error
-
-
-def agree(output: Any, expected: Any) -> None:
-    """AssertionError unless the two are equal, floating-point numbers within the usual tolerance of their type."""
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(expected, torch.Tensor):
-        torch.testing.assert_close(output, expected)
-    elif isinstance(expected, (tuple, list)):
-        assert len(output) == len(expected), f"{len(output)} outputs, the baseline has {len(expected)}"
-        for one, other in zip(output, expected):
-            agree(one, other)
-    elif hasattr(expected, "dtype") or isinstance(expected, float):
-        import numpy as np
-
-        np.testing.assert_allclose(output, expected, rtol=1e-5)
-    else:
-        assert output == expected, f"{output!r} is not the baseline's {expected!r}"
-
-
-def poison(output: Any, inputs: Sequence[Any]) -> None:
-    """Fill floating-point outputs with NaN; once freed, their memory is what the next call is likely to be given.
-
-    Needs the inputs, so that an output that is a view of one is left alone; does nothing when there are none.
-    """
-    kept = {_memory(array) for array in _arrays(list(inputs))}
-    for array in _arrays(output) if kept else ():
-        if not _is_floating(array) or _memory(array) in kept:
-            continue
-        try:
-            array.detach().fill_(float("nan")) if hasattr(array, "detach") else array.fill(float("nan"))
-        except (RuntimeError, ValueError):
-            pass  # a read-only view
-
-
-def redraw(inputs: Sequence[Any], seed: int) -> None:
-    """New normal values of the same standard deviation, in place, in floating-point tensors and arrays."""
-    import numpy as np
-
-    generator = np.random.default_rng(seed)
-    for array in inputs:
-        if not _is_floating(array):
-            continue
-        drawn = generator.standard_normal(tuple(array.shape), dtype=np.float32)
-        if hasattr(array, "detach"):
-            import torch
-
-            with torch.no_grad():
-                array.copy_(torch.from_numpy(drawn) * (float(array.float().std()) or 1.0))
-        else:
-            array[...] = drawn * (array.std() or 1.0)
+    @property
+    def speed(self) -> float | None:
+        return min((half.speed for half in (self.baseline, self.candidate) if half.speed is not None), default=None)
 
 
 def estimate(call: Callable[[], Any], clock: Clock) -> float:
@@ -197,7 +137,9 @@ def measure(
     for group, members in groups.items():
         if len({tuple(map(id, m.workload.inputs)) for m in members}) > 1:
             raise ValueError(f"cases that share {group!r} must be built over the same input tensors")
+        clock.together(list(_calls(members).values()))
     samples = {entry.id: Samples() for entry in entries}
+    pairs: dict[str, list[Pair]] = {entry.id: [] for entry in entries}
     rounds = max(plans[g].pairs + plans[g].warmup for g in groups)
     was_enabled = gc.isenabled()
     gc.collect()
@@ -210,53 +152,46 @@ def measure(
                 wanted = chosen.pairs + chosen.warmup
                 if (turn + 1) * wanted // rounds == turn * wanted // rounds:
                     continue  # groups of few pairs are spread evenly over the block
-                visit(groups[group], chosen, clock, order, samples, keep=turn * wanted // rounds >= chosen.warmup)
+                found = visit(groups[group], chosen, clock, order)
+                if turn * wanted // rounds >= chosen.warmup:
+                    for name, pair in found.items():
+                        pairs[name].append(pair)
     finally:
         if was_enabled:
             gc.enable()
+    fastest = max((p.speed for seen in pairs.values() for p in seen if p.speed is not None), default=0.0)
+    for entry in entries:
+        for pair in pairs[entry.id]:
+            samples[entry.id].add(pair, fastest)
+        samples[entry.id].figures = _figures(entry, clock)
     return samples
 
 
-def visit(
-    members: Sequence[Entry], chosen: GroupPlan, clock: Clock, order: random.Random, samples: dict[str, Samples], keep: bool
-) -> None:
+def visit(members: Sequence[Entry], chosen: GroupPlan, clock: Clock, order: random.Random) -> dict[str, Pair]:
     """Time the group's baseline and each member once, in random order."""
+    calls = _calls(members)
+    halves: dict[str, Half] = {}
+    for name in order.sample(list(calls), len(calls)):
+        clock.settle()
+        before = Usage.now()
+        seconds = clock.time(calls[name], chosen.inner[name])
+        contended = Usage.now().since(before).contended
+        speed = clock.speed()
+        throttled = clock.throttled()
+        halves[name] = Half(seconds, "contended" if contended else f"throttled ({throttled})" if throttled else "", speed)
+    return {e.id: Pair(halves.get("", Half(e.limit_s or 0.0)), halves[e.id]) for e in members}
+
+
+def _calls(members: Sequence[Entry]) -> dict[str, Callable[[], Any]]:
+    """What is timed in a visit: the members by their ids, and the baseline as ""."""
     calls = {entry.id: entry.workload.candidate for entry in members}
     first = members[0]
     if first.baseline is not None:
         calls[""] = first.workload.baselines[first.baseline]
-    times, clean = {}, {}
-    for name in order.sample(list(calls), len(calls)):
-        clock.settle()
-        before = Usage.now()
-        times[name] = clock.time(calls[name], chosen.inner[name])
-        clean[name] = not Usage.now().since(before).contended
-    if not keep:
-        return
-    for entry in members:
-        kept = samples[entry.id]
-        kept.baseline_s.append(entry.limit_s if entry.baseline is None else times[""])
-        kept.candidate_s.append(times[entry.id])
-        kept.clean.append(clean[entry.id] and clean.get("", True))
+    return calls
 
 
-def _arrays(output: Any) -> list[Any]:
-    if isinstance(output, (tuple, list)):
-        return [a for item in output for a in _arrays(item)]
-    return [output] if hasattr(output, "shape") and hasattr(output, "dtype") else []
-
-
-def _memory(array: Any) -> int:
-    """Address of the storage that `array` is a view of."""
-    if hasattr(array, "untyped_storage"):
-        return array.untyped_storage().data_ptr()
-    while getattr(array, "base", None) is not None:
-        array = array.base
-    return array.ctypes.data if hasattr(array, "ctypes") else id(array)
-
-
-def _is_floating(array: Any) -> bool:
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(array, torch.Tensor):
-        return array.is_floating_point()
-    return getattr(getattr(array, "dtype", None), "kind", "") == "f"
+def _figures(entry: Entry, clock: Clock) -> dict[str, float]:
+    calls = _calls([entry])
+    sides = {"candidate": calls[entry.id]} | ({"baseline": calls[""]} if "" in calls else {})
+    return {f"{side}_{name}": value for side, call in sides.items() for name, value in clock.figures(call).items()}

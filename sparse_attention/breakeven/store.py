@@ -21,6 +21,8 @@ class Block:
     baseline_s: list[float]
     candidate_s: list[float]
     clean: list[bool]
+    disturbed: dict[str, int] = field(default_factory=dict)  # pairs by what disturbed them
+    figures: dict[str, float] = field(default_factory=dict)  # further ones of the clock, in seconds
 
     @property
     def valid(self) -> bool:

@@ -72,7 +72,7 @@ def _study(options) -> int:
         print(study_table.published_text(rows))
     verdicts = [probe.verdict for found in crossings for probe in found.probes]
     verdicts += [found.verdict for _, results in rows for found in results]
-    if Verdict.WRONG in verdicts:
+    if {Verdict.WRONG, Verdict.SUSPICIOUS} & set(verdicts):
         return ExitCode.WRONG
     return ExitCode.OK if {Verdict.PASS, Verdict.FAIL} & set(verdicts) else ExitCode.NOT_EVALUATED
 

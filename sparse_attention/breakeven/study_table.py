@@ -18,7 +18,7 @@ def sentence(found: Crossing) -> str:
     text = _SENTENCES[found.outcome](found, sizes) if sizes else "nothing measured"
     if found.islands and found.outcome != "islands":
         text += f"; not monotone: it wins at {_ranges(found.islands)} too"
-    wrong = [probe for probe in found.probes if probe.verdict is Verdict.WRONG]
+    wrong = [probe for probe in found.probes if probe.verdict in (Verdict.WRONG, Verdict.SUSPICIOUS)]
     unjudged = [probe for probe in found.probes if probe.verdict is Verdict.NOT_EVALUATED]
     if wrong:
         text += f"; wrong at {wrong[0].size:g}: {wrong[0].reason}"

@@ -16,6 +16,7 @@ class Verdict(str, enum.Enum):
     INCONCLUSIVE = "INCONCLUSIVE"
     NOT_EVALUATED = "NOT EVALUATED"  # nothing valid was measured; the reason is kept
     WRONG = "WRONG"  # the candidate's output is wrong, or it raised: it has no time
+    SUSPICIOUS = "SUSPICIOUS"  # what was timed cannot have been its work: it has no time either
 
 
 class ExitCode(enum.IntEnum):
@@ -44,7 +45,7 @@ def exit_code(verdicts: Iterable[Verdict], strict: bool = False, allow_not_evalu
     seen = list(verdicts)
     if not seen:
         return ExitCode.NOTHING_CHECKED
-    if Verdict.WRONG in seen:
+    if Verdict.WRONG in seen or Verdict.SUSPICIOUS in seen:
         return ExitCode.WRONG
     if Verdict.FAIL in seen:
         return ExitCode.BELOW_BREAK_EVEN

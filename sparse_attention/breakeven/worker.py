@@ -11,12 +11,15 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from .anchor import Anchor
+from .anchor import Anchor, ceilings
 from .case import Case, Unavailable, Workload
-from .clock import Clock, kind
+from .checking import Suspicious, WrongOutput, check, check_fresh, recheck, summary
+from .clock import Clock, make
 from .machine import Usage
 from .memory import peak_bytes
-from .sampling import Entry, GroupPlan, WrongOutput, check, check_fresh, estimate, inner_calls, measure, summary
+from .peaks import Peak
+from .sampling import Entry, GroupPlan, Samples, estimate, inner_calls, measure
+from .suspicion import left_running, too_fast
 
 Emit = Callable[..., None]
 
@@ -36,7 +39,8 @@ def main(job: dict[str, Any]) -> None:
 
 def scout(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
     """Check every case on changing inputs; choose the fastest baseline; take rough times and peak memory."""
-    clock = kind(job["device"])()
+    clock = make(job["device"])
+    peak = clock.peak()
     found, baselines = {}, {}
     for number, case in enumerate(_cases(job)):
         where = f"{number + 1} of {len(job['cases'])}: {case.id}"
@@ -44,9 +48,13 @@ def scout(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
         start = time.perf_counter()
         try:
             workload = case.load()
+            _require_seen(workload, clock)
             check_fresh(workload, seed=job["seed"])
         except Unavailable as error:
             found[case.id] = {"status": "unavailable", "reason": str(error)}
+            continue
+        except Suspicious as error:
+            found[case.id] = {"status": "suspicious", "reason": str(error)}
             continue
         except WrongOutput as error:
             found[case.id] = {"status": "wrong", "reason": str(error)}
@@ -55,21 +63,25 @@ def scout(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
             found[case.id] = {"status": "wrong", "reason": f"cannot be built: {summary(error)}"}
             continue
         ready_s = time.perf_counter() - start
-        seconds, peak = _survey(workload.candidate, clock)
+        seconds, peak_memory = _survey(workload.candidate, clock)
+        if reason := too_fast(seconds, workload.work, workload.inputs, peak):
+            found[case.id] = {"status": "suspicious", "reason": reason}
+            continue
         group = case.share or case.id
         if group not in baselines:
             emit(case=case.id, doing=f"timing the baselines of {where}")
-            baselines[group] = {}
-            for name, call in workload.baselines.items() if case.limit_s is None else ():
-                _prepare(workload, name)
-                baselines[group][name] = _survey(call, clock)
+            baselines[group] = _baselines(workload, clock) if case.limit_s is None else ({}, {})
+        if case.limit_s is None and not baselines[group][0]:
+            found[case.id] = {"status": "unavailable", "reason": f"no baseline runs: {baselines[group][1] or 'there is none'}"}
+            continue
         found[case.id] = {
             "status": "ok",
             "ready_s": ready_s,
             "candidate_s": seconds,
-            "candidate_peak_bytes": peak,
-            "baselines": {name: s for name, (s, _) in baselines[group].items()},
-            "baseline_peak_bytes": {name: p for name, (_, p) in baselines[group].items()},
+            "candidate_peak_bytes": peak_memory,
+            "baselines": {name: s for name, (s, _) in baselines[group][0].items()},
+            "baseline_peak_bytes": {name: p for name, (_, p) in baselines[group][0].items()},
+            "baselines_absent": baselines[group][1],
             "scale": workload.scale,
             "work": dict(workload.work),
             "note": workload.note,
@@ -80,8 +92,8 @@ def scout(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
 def block(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
     """One block of every case: check, measure, check again."""
     start = Usage.now()
-    clock = kind(job["device"])()
-    loaded, errors, unavailable = {}, {}, {}
+    clock = make(job["device"])
+    loaded, errors, unavailable, suspicious = {}, {}, {}, {}
     cases = _cases(job)
     for case in cases:
         emit(case=case.id, doing=f"checking {case.id}")
@@ -91,9 +103,12 @@ def block(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
             _prepare(loaded[case.id], job["baseline"][case.id])
         except Unavailable as error:
             unavailable[case.id] = str(error)
+        except Suspicious as error:
+            suspicious[case.id] = str(error)
         except Exception as error:
             errors[case.id] = summary(error)
-    entries = [_entry(case, loaded[case.id], job) for case in cases if case.id not in {**errors, **unavailable}]
+    set_aside = {**errors, **unavailable, **suspicious}
+    entries = [_entry(case, loaded[case.id], job) for case in cases if case.id not in set_aside]
     ready = Usage.now()
     plans = {group: GroupPlan(**plan) for group, plan in job["plans"].items()}
     samples, anchor = {}, Anchor(job["device"], clock)
@@ -102,16 +117,20 @@ def block(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
         samples = measure(entries, plans, clock, job["seed"], lambda text: emit(case=None, doing=text))
     anchor.visit()
     measured = Usage.now().since(ready)
+    reached = ceilings([{"anchor": anchor.as_dict()}])
+    peak = _not_below(clock.peak(), reached)
     for entry in entries:
-        emit(case=entry.id, doing=f"checking {entry.id} again")
-        try:
-            check(entry.workload)
-        except Exception as error:
-            errors[entry.id] = f"after it was timed: {summary(error)}"
+        if reason := _impossible(entry.workload, samples[entry.id], peak, clock):
+            suspicious[entry.id] = reason
+    honest = {entry.id: entry.workload for entry in entries if entry.id not in suspicious}
+    wrong = recheck(honest, job["seed"], lambda name: emit(case=name, doing=f"checking {name} again"))
+    for name, error in wrong.items():
+        (suspicious if isinstance(error, Suspicious) else errors)[name] = f"after it was timed: {error}"
     return {
-        "samples": {name: vars(s) for name, s in samples.items() if name not in errors},
+        "samples": {name: vars(s) for name, s in samples.items() if name not in {**errors, **suspicious}},
         "errors": errors,
         "unavailable": unavailable,
+        "suspicious": suspicious,
         "evidence": {
             "ready_s": ready.since(start).wall_s,
             "measured_s": measured.wall_s,
@@ -120,13 +139,14 @@ def block(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
             "steal_s": measured.steal_s,
             "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
             "anchor": anchor.as_dict(),
+            "clock": clock.as_dict(),
         },
     }
 
 
 def columns(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
     """Time each case's further rivals beside its candidate, in one process: for information, no interval."""
-    clock = kind(job["device"])()
+    clock = make(job["device"])
     deadline = time.perf_counter() + job["budget_s"]
     found: dict[str, dict[str, Any]] = {}
     for case in _cases(job):
@@ -181,6 +201,40 @@ def _survey(call: Callable[[], Any], clock: Clock) -> tuple[float, int | None]:
 
     peak = peak_bytes(once)
     return (took[0] if took[0] > 0.1 else estimate(call, clock)), peak
+
+
+def _baselines(workload: Workload, clock: Clock) -> tuple[dict[str, tuple[float, int | None]], dict[str, str]]:
+    """Seconds and peak bytes of each that runs here, and why the others do not."""
+    found, absent = {}, {}
+    for name, call in workload.baselines.items():
+        try:
+            _prepare(workload, name)
+            found[name] = _survey(call, clock)
+        except Exception as error:
+            absent[name] = summary(error)
+    return found, absent
+
+
+def _require_seen(workload: Workload, clock: Clock) -> None:
+    if reason := left_running(workload.candidate, clock):
+        raise Suspicious(reason)
+
+
+def _impossible(workload: Workload, samples: Samples, peak: Peak | None, clock: Clock) -> str:
+    return too_fast(statistics.median(samples.candidate_s), workload.work, workload.inputs, peak) or left_running(
+        workload.candidate, clock
+    )
+
+
+def _not_below(peak: Peak | None, reached: Mapping[str, Any]) -> Peak | None:
+    """The bound, but not below what this block's anchors reached."""
+    if peak is None or "flops_per_s" not in reached:
+        return peak
+    rates = reached["flops_per_s"]
+    return peak.reached({_ITEMSIZE[dtype]: rate for dtype, rate in rates.items()})
+
+
+_ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def _prepare(workload: Workload, baseline: str | None) -> None:

@@ -210,6 +210,7 @@ def sentence(found: Sequence[Result], settings: Mapping[str, Any]) -> str:
 
 _WORDS = {
     Verdict.WRONG: "wrong",
+    Verdict.SUSPICIOUS: "suspicious",
     Verdict.FAIL: "below break-even",
     Verdict.NOT_EVALUATED: "not evaluated",
     Verdict.INCONCLUSIVE: "inconclusive",
@@ -269,7 +270,7 @@ def _against_itself(logs: Sequence[float], alpha: float) -> str:
 
 
 def _urgency(row: Row) -> tuple[int, float]:
-    order = [Verdict.WRONG, Verdict.FAIL, Verdict.NOT_EVALUATED, Verdict.INCONCLUSIVE]
+    order = [Verdict.WRONG, Verdict.SUSPICIOUS, Verdict.FAIL, Verdict.NOT_EVALUATED, Verdict.INCONCLUSIVE]
     rank = order.index(row.result.verdict) if row.result.verdict in order else len(order)
     return rank, row.change.speedup.log if row.change else math.inf
 

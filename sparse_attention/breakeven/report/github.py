@@ -9,7 +9,10 @@ from ..verdict import Verdict
 from .content import Report
 from .rows import axis, cells
 
-_LEVELS = {Verdict.FAIL: "error", Verdict.WRONG: "error", Verdict.NOT_EVALUATED: "warning", Verdict.INCONCLUSIVE: "warning"}
+_LEVELS = {
+    **dict.fromkeys((Verdict.FAIL, Verdict.WRONG, Verdict.SUSPICIOUS), "error"),
+    **dict.fromkeys((Verdict.NOT_EVALUATED, Verdict.INCONCLUSIVE), "warning"),
+}
 _MOST_OF_A_LEVEL = 10  # GitHub shows no more of a step
 
 

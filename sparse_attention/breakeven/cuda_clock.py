@@ -1,0 +1,212 @@
+"""CUDA devices: every call cold, between two events of its own, as it is called or as a node of a replayed graph."""
+
+from __future__ import annotations
+
+import collections
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .clock import Clock
+from .nvml import Absent, Nvml, Reading
+from .peaks import Peak, gpu_peak
+
+Call = Callable[[], Any]
+Events = list[tuple[Any, Any]]
+
+WARM_CALLS = 10  # in a row, for the figure without a flush
+
+
+class CudaClock(Clock):
+    """The L2 cache is overwritten before each call and outside its events; that also keeps the stream busy until the call's
+    launch is queued. Calls of less than `graph_below_s` are captured, each with its own flush and events as nodes of the
+    graph, and what they take when launched one by one is kept beside.
+    """
+
+    least_s = 50e-6
+    graph_below_s = 50e-6
+
+    def __init__(self, cuda: Any = None, flush: Any = None, nvml: Nvml | str | None = None):
+        """Without arguments, of torch's current device; otherwise what stands in for `torch.cuda`, the memory that is
+        overwritten, and NVML or why there is none.
+        """
+        if cuda is None:
+            import torch
+
+            cuda = torch.cuda
+        self._cuda = cuda
+        self._properties = cuda.get_device_properties(cuda.current_device())
+        self._flush = _memory(2 * self._properties.L2_cache_size) if flush is None else flush
+        self._nvml = _nvml(self._properties) if nvml is None else nvml
+        self._calls: dict[int, Call] = {}  # keeps them alive, so that no other has the same id
+        self._figures: dict[int, dict[str, float]] = {}
+        self._graphs: dict[tuple[int, int], tuple[Any, Events]] = {}
+        self._in_graphs: set[int] = set()
+        self._reading: Reading | None = None
+        self._seen: list[Reading] = []
+        self._refused: dict[str, int] = collections.Counter()
+
+    def time(self, call: Call, inner: int) -> float:
+        if id(call) not in self._calls:
+            self.together([call])
+        return statistics.fmean(self._timed(call, inner, id(call) in self._in_graphs))
+
+    def settle(self) -> None:
+        self._cuda.synchronize()
+
+    def together(self, calls: Sequence[Call]) -> None:
+        """In graphs, all of them, if the shortest is short enough and each can be captured."""
+        for call in calls:
+            if id(call) not in self._calls:
+                self._calls[id(call)] = call
+                for _ in range(3):
+                    call()
+                self._figures[id(call)] = {"eager_s": statistics.median(self._timed(call, 5, False))}
+        names = {id(call) for call in calls}
+        short = min(self._figures[name]["eager_s"] for name in names) < self.graph_below_s
+        if short and all(self._captured(call) for call in calls):
+            self._in_graphs |= names
+        else:
+            self._in_graphs -= names
+
+    def figures(self, call: Call) -> dict[str, float]:
+        """`eager_s`: launched one by one; `warm_s`: in a row without a flush, in a graph if it is timed in one."""
+        found = dict(self._figures.get(id(call), {}))
+        if found:
+            found["warm_s"] = self._warm(call)
+        return found
+
+    def speed(self) -> float | None:
+        return float(self._reading.sm_mhz) if self._reading else None
+
+    def throttled(self) -> str:
+        """A power cap counts only where it took the clock below nine tenths of the fastest seen: heavy work always meets it."""
+        if self._reading is None:
+            return ""
+        capped = self._reading.power_capped and self._reading.sm_mhz < 0.9 * max(r.sm_mhz for r in self._seen)
+        return self._reading.hard or ("power cap" if capped else "")
+
+    def unfinished(self, call: Call) -> tuple[float, float]:
+        found = []
+        for _ in range(3):
+            stop = self._cuda.Event(enable_timing=False)
+            self.settle()
+            start = time.perf_counter()
+            call()
+            stop.record()
+            stop.synchronize()
+            here = time.perf_counter() - start
+            self.settle()
+            found.append((here, time.perf_counter() - start))
+        return min(found, key=lambda seen: seen[1] - seen[0])
+
+    def peak(self) -> Peak:
+        return gpu_peak(self._properties, None if isinstance(self._nvml, str) else self._nvml)
+
+    def as_dict(self) -> dict[str, Any]:
+        about: dict[str, Any] = {"not captured": dict(self._refused)} if self._refused else {}
+        if isinstance(self._nvml, str):
+            return {"nvml": f"absent: {self._nvml}", **about}
+        clocks = [reading.sm_mhz for reading in self._seen]
+        bits = 0
+        for reading in self._seen:
+            bits |= reading.reasons
+        about |= {"sm_mhz": [min(clocks), max(clocks)]} if clocks else {}
+        return {"nvml": "read", "reasons": bits, **about, **self._nvml.state()}
+
+    def _timed(self, call: Call, inner: int, in_graph: bool) -> list[float]:
+        """Seconds of each of `inner` calls."""
+        if in_graph:
+            graph, events = self._graph(call, inner)
+            graph.replay()
+        else:
+            events = self._events(inner)
+            self._enqueue(call, events)
+        self._read()  # while the device works
+        self.settle()
+        return [start.elapsed_time(stop) * 1e-3 for start, stop in events]
+
+    def _enqueue(self, call: Call, events: Events) -> None:
+        for start, stop in events:
+            self._flush.zero_()
+            start.record()
+            call()
+            stop.record()
+
+    def _events(self, count: int, **external: bool) -> Events:
+        def event():
+            return self._cuda.Event(enable_timing=True, **external)
+
+        return [(event(), event()) for _ in range(count)]
+
+    def _graph(self, call: Call, inner: int) -> tuple[Any, Events]:
+        key = id(call), inner
+        if key not in self._graphs:
+            events = self._events(inner, external=True)  # nodes of the graph, not dependencies
+            self._graphs[key] = self._capture(lambda: self._enqueue(call, events)), events
+        return self._graphs[key]
+
+    def _capture(self, work: Call) -> Any:
+        self.settle()
+        graph = self._cuda.CUDAGraph()
+        with self._cuda.graph(graph):
+            work()
+        graph.replay()
+        self.settle()
+        return graph
+
+    def _captured(self, call: Call) -> bool:
+        try:
+            self._graph(call, 1)
+        except Exception as error:  # whatever a kernel does that a capture forbids, or a torch without such events
+            self._refused[" ".join(f"{type(error).__name__}: {error}".split())[:120]] += 1
+            self.settle()
+            return False
+        return True
+
+    def _warm(self, call: Call) -> float:
+        def row():
+            for _ in range(WARM_CALLS):
+                call()
+
+        run = self._capture(row).replay if id(call) in self._in_graphs else row
+        ((start, stop),) = self._events(1)
+        run()
+        start.record()
+        run()
+        stop.record()
+        self.settle()
+        return start.elapsed_time(stop) * 1e-3 / WARM_CALLS
+
+    def _read(self) -> None:
+        if isinstance(self._nvml, str):
+            return
+        try:
+            self._reading = self._nvml.read()
+        except Absent as why:
+            self._nvml, self._reading = str(why), None
+            return
+        self._seen.append(self._reading)
+
+
+class CudaGraphClock(CudaClock):
+    """Captures every call that can be."""
+
+    graph_below_s = float("inf")
+
+
+def _memory(size: int) -> Any:
+    import torch
+
+    return torch.empty(size, dtype=torch.uint8, device="cuda")
+
+
+def _nvml(properties: Any) -> Nvml | str:
+    uuid = getattr(properties, "uuid", None)
+    if uuid is None:
+        return "torch does not tell the device's UUID"
+    try:
+        return Nvml(str(uuid))
+    except Absent as why:
+        return str(why)
