@@ -21,15 +21,15 @@ class Mask(NamedTuple):
 
     attn_mask: None, or a tensor that broadcasts to `[batch, heads, q_len, kv_len]`. Queries that see nothing see everything in
     it, and `empty`, bool `[heads or 1, q_len]` (None: there are none), says that their results do not count. So no
-    backend meets a row without keys, where they differ. Only `keys` take part, from the first to the last that any query
-    sees; those among them that no query sees, `holes`, bool `[heads or 1, keys]` (None: there are none), count as 0.
-    So what nobody may see, a NaN perhaps, changes nothing.
+    backend meets a row without keys, where they differ. Only the `keys` that some query sees take part: a slice, or their
+    positions. Those of them that no query of one head sees, `holes`, bool `[heads, keys]` (None: there are none), count as 0
+    there. So what nobody may see, a NaN perhaps, changes nothing.
     """
 
     attn_mask: torch.Tensor | None
     is_causal: bool
     empty: torch.Tensor | None = None
-    keys: slice = slice(None)
+    keys: slice | torch.Tensor = slice(None)
     holes: torch.Tensor | None = None
 
     @property
@@ -52,8 +52,9 @@ def _make_mask(pattern, lengths, heads, dtype, device):
     i = torch.arange(lengths.q_len, device="cpu").unsqueeze(1) + lengths.offset
     j = torch.arange(lengths.kv_len, device="cpu").unsqueeze(0)
     mask = head_masks(pattern, heads, i, j, lengths)
-    seen = mask.any(dim=0).any(dim=0).nonzero()
-    keys = slice(int(seen[0]), int(seen[-1]) + 1) if len(seen) else slice(0, 1)
+    keys = mask.any(dim=0).any(dim=0).nonzero().squeeze(1)
+    first, last = (int(keys[0]), int(keys[-1])) if len(keys) else (0, 0)
+    keys = slice(first, last + 1) if last - first < max(len(keys), 1) else keys.to(device)
     mask = mask[..., keys]
     empty, holes = ~mask.any(dim=-1), ~mask.any(dim=-2)
     empty, holes = (x.to(device) if x.any() else None for x in (empty, holes))
@@ -129,10 +130,10 @@ def _apart(x: torch.Tensor) -> torch.Tensor:
 
 def _seen(x: torch.Tensor, mask: Mask) -> torch.Tensor:
     """The keys, or values, that take part."""
-    x = x[:, :, mask.keys]
+    x = x[:, :, mask.keys] if isinstance(mask.keys, slice) else x.index_select(2, mask.keys)
     if mask.holes is None:
         return _apart(x)
-    holes = mask.holes if len(mask.holes) == 1 else mask.holes.unflatten(0, (x.shape[1], -1)).all(dim=1)
+    holes = mask.holes.unflatten(0, (x.shape[1], -1)).all(dim=1)
     return x.masked_fill(holes.unsqueeze(-1), 0.0)
 
 

@@ -12,7 +12,7 @@ import torch
 from sparse_attention.cost import Cost, cost, count
 from sparse_attention.lanes import lane_pairs
 from sparse_attention.layout import Layout, layout
-from sparse_attention.patterns.base import Pattern
+from sparse_attention.patterns.base import Lengths, Pattern, Spans
 from sparse_attention.patterns.compose import And, Or
 from sparse_attention.patterns.tree import Tree
 from sparse_attention.patterns.window import Causal, Dense
@@ -180,12 +180,24 @@ def _has_tree(pattern: Pattern) -> bool:
 
 def _dense_work(pattern: Pattern, sizes: Sizes, rows: int) -> Work:
     sequences = sizes.batch * sizes.heads
-    keys = sequences * sizes.kv_len
+    keys = sequences * _seen_keys(pattern, sizes)
     lone_keys = keys if sizes.q_len == 1 else 0
     if isinstance(pattern, Causal) and sizes.q_len == sizes.kv_len:
         return Work(rows, sequences * _causal_pairs(sizes.q_len), 0, keys, lone_keys)
     pairs = max(sizes.q_len, 4) * keys  # a few queries cost SDPA as much as four
     return Work(rows, pairs, 0 if isinstance(pattern, Dense) else pairs, keys, lone_keys)
+
+
+def _seen_keys(pattern: Pattern, sizes: Sizes) -> int:
+    """About how many keys the dense engine takes: those that some query sees, where queries are few."""
+    if sizes.q_len == sizes.kv_len:
+        return sizes.kv_len
+    lengths = Lengths(sizes.q_len, sizes.kv_len)
+    first, last = np.array([lengths.offset]), np.array([sizes.kv_len - 1])
+    heads = {pattern.for_head(h) for h in range(sizes.heads)}
+    spans = Spans.join(*(head.spans(first, last, lengths) for head in heads))
+    seen = Spans(spans.group, spans.start.clip(0), spans.stop.clip(max=sizes.kv_len)).merged()
+    return max(1, int((seen.stop - seen.start).sum()))
 
 
 def _causal_pairs(length: int) -> int:
