@@ -22,8 +22,8 @@ class Mask(NamedTuple):
     attn_mask: None, or a tensor that broadcasts to `[batch, heads, q_len, kv_len]`. Queries that see nothing see everything in
     it, and `empty`, bool `[heads or 1, q_len]` (None: there are none), says that their results do not count. So no
     backend meets a row without keys, where they differ. Only the `keys` that some query sees take part: a slice, or their
-    positions. Those of them that no query of one head sees, `holes`, bool `[heads, keys]` (None: there are none), count as 0
-    there. So what nobody may see, a NaN perhaps, changes nothing.
+    positions. Those of them that no query of one head sees, `holes`, bool `[heads or 1, keys]` (None: there are none), count as
+    0 there. So what nobody may see, a NaN perhaps, changes nothing.
     """
 
     attn_mask: torch.Tensor | None
@@ -133,7 +133,7 @@ def _seen(x: torch.Tensor, mask: Mask) -> torch.Tensor:
     x = x[:, :, mask.keys] if isinstance(mask.keys, slice) else x.index_select(2, mask.keys)
     if mask.holes is None:
         return _apart(x)
-    holes = mask.holes.unflatten(0, (x.shape[1], -1)).all(dim=1)
+    holes = mask.holes if len(mask.holes) == 1 else mask.holes.unflatten(0, (x.shape[1], -1)).all(dim=1)
     return x.masked_fill(holes.unsqueeze(-1), 0.0)
 
 
