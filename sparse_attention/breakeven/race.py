@@ -7,7 +7,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .case import Case
@@ -15,9 +15,8 @@ from .clock import kind
 from .machine import cores, describe, pinned
 from .process import WorkerDied, run_worker
 from .progress import Progress, duration
-from .result import judge_record
+from .result import block_logs, judge_record
 from .sampling import GroupPlan, plan, planned_seconds
-from .statistics import block_log_speedup
 from .store import Block, Record, Run
 from .verdict import Policy, TwoStage
 
@@ -128,11 +127,9 @@ class Race:
             self.progress.line(f"{what}: {died}")
             return
         for record in wanted:
-            block = Block(0, record.baseline, **found["samples"].get(record.case.id, {"baseline_s": [], "candidate_s": [], "clean": []}))
-            if block.valid:
-                baseline_s, candidate_s = block.clean_pairs()
-                speedup = record.scout.get("scale", 1.0) * math.exp(block_log_speedup(baseline_s, candidate_s))
-                record.columns[name] = {"seconds": statistics.median(baseline_s), "speedup": speedup}
+            blocks = [Block(0, record.baseline, **samples) for samples in [found["samples"].get(record.case.id)] if samples]
+            for log in block_logs(replace(record, blocks=blocks)):  # none where it was disturbed
+                record.columns[name] = {"seconds": statistics.median(blocks[0].baseline_s), "speedup": math.exp(log)}
 
     def columns(self) -> None:
         """Further rivals of the cases that name some, in half of the time that is left."""
