@@ -87,7 +87,9 @@ def check_changed(workload: Workload, before: Print, poisoned: bool = True) -> N
         raise Suspicious("its output stayed the same after its inputs changed, and its check did not notice")
 
 
-def recheck(workloads: Mapping[str, Workload], seed: int, progress: Callable[[str], None] = lambda name: None) -> dict[str, WrongOutput]:
+def recheck(
+    workloads: Mapping[str, Workload], seed: int, progress: Callable[[str], None] = lambda name: None
+) -> dict[str, WrongOutput]:
     """What is wrong after timing, by name: on the tensors that were timed, and once their values have changed."""
     errors: dict[str, WrongOutput] = {}
     prints = {}
@@ -118,7 +120,7 @@ def _require_computed(workload: Workload) -> None:
     """Without inputs to change, an output in the memory of one that still lives might be anybody's: refuse it."""
     first = workload.candidate()
     if same_memory(first, workload.candidate()):
-        raise Suspicious("it returns the same memory on every call: give `inputs`, so that they can be changed to see whether it computes")
+        raise Suspicious("it returns the same memory on every call: give `inputs`, which will be changed to see whether it computes")
 
 
 def agree(output: Any, expected: Any) -> None:

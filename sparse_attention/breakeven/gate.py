@@ -117,7 +117,8 @@ class Gate:
         if self._run is not None:
             raced = list(self._raced.values())
             terminalreporter.write_line(table.headline(self._run, raced))
-            terminalreporter.write_line(table.text(raced, self._terms.labels))
+            memory = self._config.option.breakeven_memory
+            terminalreporter.write_line(table.text(raced, self._terms.labels, memory))
             for remark in self._terms.remarks(self._run, raced):
                 terminalreporter.write_line(remark)
         if self._compared:

@@ -28,6 +28,7 @@ def pytest_addoption(parser):
     group.addoption("--breakeven-device", default="cpu", help="cpu, cuda, cuda-graph or the module:Class of a clock")
     group.addoption("--breakeven-policy", choices=("two-stage", "sequential"), default="two-stage")
     group.addoption("--breakeven-json", metavar="FILE", help="store the run, with the times of every block")
+    group.addoption("--breakeven-memory", action="store_true", help="show each side's peak memory")
     group.addoption("--breakeven-strict", action="store_true", help="exit 11 when a case is inconclusive")
     group.addoption("--breakeven-allow-not-evaluated", action="store_true", help="do not exit 12 when one was not judged")
     add_options(group.addoption, "breakeven-")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics as _stdlib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,6 +31,21 @@ class Result:
     columns: Mapping[str, Any] | None = None
     candidate_peak_bytes: int | None = None
     baseline_peak_bytes: int | None = None
+    baselines: Mapping[str, float] | None = None  # rough seconds of every one that runs here; the first is the default
+    figures: Mapping[str, float] | None = None  # further ones of the clock, in seconds: medians over blocks
+
+    @property
+    def default_baseline(self) -> str | None:
+        """What its users would get without asking."""
+        return next(iter(self.baselines or {}), None)
+
+    @property
+    def speedup_over_default(self) -> float | None:
+        """By how much the default was slower than the fastest when both were tried, times the speedup over the fastest."""
+        times = self.baselines or {}
+        if self.speedup is None or self.baseline not in times or not times[self.baseline]:
+            return None
+        return self.speedup * times[self.default_baseline] / times[self.baseline]
 
     @property
     def speedup(self) -> float | None:
@@ -46,11 +62,15 @@ class Result:
             "detects": self.detects and _finite(self.detects),
             "blocks": found and found.blocks,
             "baseline": self.baseline,
+            "baselines": dict(self.baselines or {}),
+            "default_baseline": self.default_baseline,
+            "speedup_over_default": self.speedup_over_default,
             "baseline_s": self.baseline_s,
             "candidate_s": self.candidate_s,
             "limit_s": self.limit_s,
             "candidate_peak_bytes": self.candidate_peak_bytes,
             "baseline_peak_bytes": self.baseline_peak_bytes,
+            "figures": dict(self.figures or {}),
             "columns": dict(self.columns or {}),
             "reason": self.reason,
         }
@@ -92,7 +112,7 @@ def result(record: Record, policy: Policy) -> Result:
         elif disturbed:
             pairs = [clean for b in record.blocks for clean in b.clean]
             verdict = Verdict.NOT_EVALUATED
-            reason = f"contended: {disturbed} of {len(record.blocks)} blocks disturbed, {_share(pairs)} of pairs clean"
+            reason = f"{_cause(record)}: {disturbed} of {len(record.blocks)} blocks disturbed, {_share(pairs)} of pairs clean"
         elif not valid:
             verdict, reason = Verdict.NOT_EVALUATED, "out of time before its first block"
         else:
@@ -115,6 +135,8 @@ def result(record: Record, policy: Policy) -> Result:
         record.columns,
         record.scout.get("candidate_peak_bytes"),
         (record.scout.get("baseline_peak_bytes") or {}).get(record.baseline),
+        record.scout.get("baselines"),
+        {name: _stdlib.median(b.figures[name] for b in blocks) for name in _common([b.figures for b in blocks])},
     )
 
 
@@ -130,6 +152,19 @@ def clean_share(run: Run) -> float | None:
     """Share of all pairs that nothing disturbed."""
     pairs = [clean for r in run.records.values() for b in r.blocks for clean in b.clean]
     return sum(pairs) / len(pairs) if pairs else None
+
+
+def _cause(record: Record) -> str:
+    """What disturbed most pairs."""
+    counts = Counter({"contended": 0})
+    for block in record.blocks:
+        counts.update(block.disturbed)
+    return max(counts, key=counts.get)
+
+
+def _common(mappings: list[Mapping[str, float]]) -> list[str]:
+    """Names that all have."""
+    return [name for name in (mappings[0] if mappings else ()) if all(name in m for m in mappings)]
 
 
 def _share(flags: list[bool]) -> str:

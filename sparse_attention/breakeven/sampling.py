@@ -52,7 +52,7 @@ class Samples:
 
     def add(self, pair: Pair, fastest: float) -> None:
         """Keep a pair; `fastest` is the fastest clock of the block."""
-        slow = pair.speed is not None and pair.speed < LEAST_SPEED * fastest
+        slow = min(pair.speeds, default=fastest) < LEAST_SPEED * fastest
         cause = pair.candidate.disturbed or pair.baseline.disturbed or ("slow clock" if slow else "")
         self.baseline_s.append(pair.baseline.seconds)
         self.candidate_s.append(pair.candidate.seconds)
@@ -74,8 +74,9 @@ class Pair:
     candidate: Half
 
     @property
-    def speed(self) -> float | None:
-        return min((half.speed for half in (self.baseline, self.candidate) if half.speed is not None), default=None)
+    def speeds(self) -> list[float]:
+        """Of the halves where it is known."""
+        return [half.speed for half in (self.baseline, self.candidate) if half.speed is not None]
 
 
 def estimate(call: Callable[[], Any], clock: Clock) -> float:
@@ -159,7 +160,7 @@ def measure(
     finally:
         if was_enabled:
             gc.enable()
-    fastest = max((p.speed for seen in pairs.values() for p in seen if p.speed is not None), default=0.0)
+    fastest = max((speed for seen in pairs.values() for pair in seen for speed in pair.speeds), default=0.0)
     for entry in entries:
         for pair in pairs[entry.id]:
             samples[entry.id].add(pair, fastest)

@@ -23,7 +23,8 @@ def too_fast(seconds: float, work: Mapping[str, float], inputs: Sequence[Any], p
     least_s, bound = peak.least_s(work, min(sizes, default=1))
     if seconds * SLACK >= least_s:
         return ""
-    return f"faster than this machine allows: {seconds:.3g} s for work that takes at least {least_s:.3g} s: {bound} ({peak.source})"
+    said = f"{seconds:.3g} s for work that takes at least {least_s:.3g} s: {bound} ({peak.source})"
+    return f"faster than this machine allows: {said}"
 
 
 def left_running(call: Any, clock: Clock) -> str:
@@ -34,7 +35,8 @@ def left_running(call: Any, clock: Clock) -> str:
     here, whole = found
     if whole < LONGER * here or whole - here < LEAST_LEFT_S:
         return ""
-    return f"work on another stream: over after {here:.3g} s on the stream that is timed, but the device was busy for {whole:.3g} s"
+    said = f"over after {here:.3g} s on the stream that is timed, but the device was busy for {whole:.3g} s"
+    return f"work on another stream: {said}"
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from .verdict import Verdict
 LABELS = ("dense", "sparse")
 
 
-def text(results: Sequence[Result], labels: tuple[str, str] = LABELS) -> str:
-    """Aligned columns; reasons of everything that did not simply pass follow below."""
-    header, rows = _cells(results, labels)
+def text(results: Sequence[Result], labels: tuple[str, str] = LABELS, memory: bool = False) -> str:
+    """Aligned columns, on demand with peak memory; reasons of everything that did not simply pass follow below."""
+    header, rows = _cells(results, labels, memory)
     widths = [max(len(row[c]) for row in [header, *rows]) for c in range(len(header))]
 
     def line(row):
@@ -31,8 +31,8 @@ def text(results: Sequence[Result], labels: tuple[str, str] = LABELS) -> str:
     return "\n".join([*lines, *([""] + notes if notes else [])])
 
 
-def markdown(results: Sequence[Result], labels: tuple[str, str] = LABELS) -> str:
-    header, rows = _cells(results, labels)
+def markdown(results: Sequence[Result], labels: tuple[str, str] = LABELS, memory: bool = False) -> str:
+    header, rows = _cells(results, labels, memory)
     rule = [":--" if c in (0, _VERDICT) else "--:" for c in range(len(header))]
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows])
 
@@ -47,6 +47,9 @@ def headline(run: Run, results: Sequence[Result]) -> str:
     share = clean_share(run)
     sds = [r.interval.sd for r in results if r.interval and math.isfinite(r.interval.sd)]
     noise = f"clean pairs {100 * share:.0f} %" if share is not None else "nothing timed"
+    absent = {entry.get("clock", {}).get("nvml", "read") for entry in run.evidence} - {"read"}
+    if absent:
+        noise += f", clocks not watched (NVML {min(absent)})"
     if sds:
         noise += f", median block sd {100 * _stdlib.median(sds):.1f} %"
     return f"machine: {', '.join([*parts, commit])}   noise: {noise}"
@@ -74,10 +77,14 @@ def mebibytes(value: int | None) -> str:
 _VERDICT = 6
 
 
-def _cells(results: Sequence[Result], labels: tuple[str, str]) -> tuple[list[str], list[list[str]]]:
+def _cells(results: Sequence[Result], labels: tuple[str, str], memory: bool) -> tuple[list[str], list[list[str]]]:
     further = list(dict.fromkeys(name for r in results for name in r.columns or {}))
     header = ["case", *labels, "speedup [interval]", "floor", "detects", "verdict", *(f"vs {name}" for name in further)]
-    return header, [_row(r, further) for r in results]
+    rows = [_row(r, further) for r in results]
+    if memory:
+        header += [f"{label} memory" for label in labels]
+        rows = [[*row, mebibytes(r.baseline_peak_bytes), mebibytes(r.candidate_peak_bytes)] for row, r in zip(rows, results)]
+    return header, rows
 
 
 def _row(r: Result, further: Sequence[str]) -> list[str]:
