@@ -67,11 +67,11 @@ def _measured(options, gate: bool) -> int:
     run = _race(cases, settings, options)
     found = results(run, settings.policy)
     print(table.headline(run, found))
-    print(table.text(found, against.labels))
+    print(table.text(found, against.labels, options.memory))
     remarks = against.remarks(run, found)
     print(*remarks, sep="\n", end="\n" * bool(remarks))
     if options.markdown:
-        parts = [table.headline(run, found), table.markdown(found, against.labels), *remarks, table.tally(found)]
+        parts = [table.headline(run, found), table.markdown(found, against.labels, options.memory), *remarks, table.tally(found)]
         with open(options.markdown, "a") as f:
             f.write("\n\n".join(parts) + "\n")
     code = against.exit_code(found, options.strict, options.allow_not_evaluated)
@@ -110,7 +110,7 @@ def _regate(options) -> int:
     chosen = {case.id for case in select([r.case for r in run.records.values()], options.cases, "full")}
     found = [r for r in results(run, _policy(options)) if r.id in chosen]
     print(table.headline(run, found))
-    print(table.text(found))
+    print(table.text(found, memory=options.memory))
     if options.json:
         _write_json(options.json, {r.id: r.as_dict() for r in found})
     code = exit_code((r.verdict for r in found), options.strict, options.allow_not_evaluated)
@@ -242,6 +242,8 @@ def _parser() -> argparse.ArgumentParser:
     regate.add_argument("run", metavar="FILE")
     regate.add_argument("--cases", action="append", default=[], metavar="PATTERN")
     regate.add_argument("--json", metavar="FILE")
+    for tabled in (show, gate, regate):
+        tabled.add_argument("--memory", action="store_true", help="show each side's peak memory")
     check = command("selftest", _selftest, [judging], "the verdict code against noise whose truth is known")
     check.add_argument("--json", metavar="FILE", help="write the power curves, which `report` draws")
     check.add_argument("--runs", type=positive, default=400, help="simulated gates for each noise and slowdown")
