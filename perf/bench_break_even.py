@@ -1,14 +1,15 @@
 """The table of cases for asv. `setup_cache` measures everything once for a commit; each track hands out its share.
 
-asv knows only "lower is better", so the tracked ratio is sparse / dense time: 1 is break-even.
-SPARSE_ATTENTION_PERF_CASES (shell patterns, separated by spaces) and SPARSE_ATTENTION_PERF_BUDGET (seconds) narrow a run.
+Every case is listed, measured or not: a case that asv is not told of disappears from the dashboard, history and all.
+What is measured is chosen by SPARSE_ATTENTION_PERF_CASES (shell patterns, separated by spaces), SPARSE_ATTENTION_PERF_SIZES
+(default or full) and SPARSE_ATTENTION_PERF_BUDGET (seconds); SPARSE_ATTENTION_PERF_STUDY=1 adds the break-even study, of
+SPARSE_ATTENTION_PERF_STUDY_BUDGET seconds. SPARSE_ATTENTION_PERF_THREADS is set by asv.conf.json.
 """
 
 import importlib.util
-import math
 import os
-import statistics
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 
@@ -26,69 +27,104 @@ load_harness()
 
 from sparse_attention.breakeven import Race, Sequential, Settings, select  # noqa: E402
 from sparse_attention.breakeven.progress import Progress  # noqa: E402
-from sparse_attention.breakeven.result import block_logs  # noqa: E402
+from sparse_attention.breakeven.study import POLICY, Study  # noqa: E402
+from sparse_attention.breakeven.tracked import THREADS, crossing_figure, figures, for_asv  # noqa: E402
 
 from .cases import CASES  # noqa: E402
+from .study import FAMILIES  # noqa: E402
 
-CHOSEN = select(CASES, os.environ.get("SPARSE_ATTENTION_PERF_CASES", "").split())
-BLOCKS = 5
+COMPILE_S = 1200
 
 
-def shares(record) -> dict:
-    """What asv tracks of one case: a sample for each undisturbed block."""
-    blocks = [block for block in record.blocks if block.valid]
-    return {
-        "time_ratio": [math.exp(-log) for log in block_logs(record)],
-        "sparse_time": [statistics.median(block.candidate_s) for block in blocks],
-        "dense_time": [statistics.median(block.baseline_s) for block in blocks] if record.baseline else [],
-        "peak_memory": record.scout.get("candidate_peak_bytes"),
-    }
+def chosen(offered):
+    patterns = os.environ.get("SPARSE_ATTENTION_PERF_CASES", "").split()
+    return select(offered, patterns, os.environ.get("SPARSE_ATTENTION_PERF_SIZES", "default"))
+
+
+def settings(variable: str, budget_s: float, **fields) -> Settings:
+    return Settings(float(os.environ.get(variable, budget_s)), int(os.environ.get(THREADS, 1)), **fields)
 
 
 class BreakEven:
-    params = [[case.id for case in CHOSEN]]
+    params = [[case.id for case in CASES]]
     param_names = ["case"]
     version = "1"
     timeout = 120
 
     def setup_cache(self):
-        settings = Settings(
-            budget_s=float(os.environ.get("SPARSE_ATTENTION_PERF_BUDGET", "600")),
-            policy=Sequential((BLOCKS,)),
-            first_look_share=0.9,
-        )
-        run = Race(CHOSEN, settings, Progress()).execute()
-        quiet = {name: r for name, r in run.records.items() if sum(b.valid for b in r.blocks) > BLOCKS // 2}
-        return {name: shares(record) for name, record in quiet.items()}
+        cases, policy = chosen(CASES), Sequential((5,))
+        given = settings("SPARSE_ATTENTION_PERF_BUDGET", 600, policy=policy, first_look_share=0.9)
+        scouted = Race(cases, replace(given, budget_s=COMPILE_S), Progress())  # compiles the kernels, which the budget is not for
+        scouted.scout()
+        race = Race(cases, given, Progress(), resume=scouted.run)
+        race.first_look()
+        race.all_cores()
+        return {name: figures(record) for name, record in race.run.records.items()}
 
-    setup_cache.timeout = 3600
+    setup_cache.timeout = 7200
 
     def setup(self, cache, case):
-        if case not in cache:
-            raise NotImplementedError  # asv shows n/a: it cannot run on this commit, or the machine was never quiet
+        if not cache.get(case):
+            raise NotImplementedError  # n/a: not chosen, it cannot run on this commit, or the machine was never quiet
 
     def track_time_ratio(self, cache, case):
-        return sampled(cache[case]["time_ratio"])
+        return for_asv(cache[case].get("time_ratio"))
 
     track_time_ratio.unit = "sparse/dense"
 
+    def track_all_cores_time_ratio(self, cache, case):
+        return for_asv(cache[case].get("all_cores_time_ratio"))
+
+    track_all_cores_time_ratio.unit = "sparse/dense"
+
+    def track_eager_time_ratio(self, cache, case):
+        return for_asv(cache[case].get("eager_time_ratio"))
+
+    track_eager_time_ratio.unit = "sparse/dense"
+
+    def track_warm_time_ratio(self, cache, case):
+        return for_asv(cache[case].get("warm_time_ratio"))
+
+    track_warm_time_ratio.unit = "sparse/dense"
+
     def track_sparse_time(self, cache, case):
-        return sampled(cache[case]["sparse_time"])
+        return for_asv(cache[case].get("sparse_time"))
 
     track_sparse_time.unit = "seconds"
 
     def track_dense_time(self, cache, case):
-        return sampled(cache[case]["dense_time"])
+        return for_asv(cache[case].get("dense_time"))
 
     track_dense_time.unit = "seconds"
 
     def track_peak_memory(self, cache, case):
-        peak = cache[case]["peak_memory"]
-        return peak if peak and peak >= 1 << 20 else math.nan  # below a mebibyte it is the allocator that is seen
+        return for_asv(cache[case].get("peak_memory"))
 
     track_peak_memory.unit = "bytes"
 
 
-def sampled(samples):
-    """asv takes a dict of samples from a track too, and gives it intervals and weights."""
-    return {"samples": samples, "number": 1} if samples else math.nan
+class Crossings:
+    params = [[family.id for family in FAMILIES]]
+    param_names = ["family"]
+    version = "1"
+    timeout = 120
+
+    def setup_cache(self):
+        if os.environ.get("SPARSE_ATTENTION_PERF_STUDY") != "1":
+            return {}
+        families = select(FAMILIES, sizes=os.environ.get("SPARSE_ATTENTION_PERF_SIZES", "default"))
+        study = Study(families, settings("SPARSE_ATTENTION_PERF_STUDY_BUDGET", 900, policy=POLICY), Progress())
+        study.execute()
+        found = zip(families, study.crossings())
+        return {family.id: crossing_figure(family, crossing.as_dict()) for family, crossing in found}
+
+    setup_cache.timeout = 7200
+
+    def setup(self, cache, family):
+        if cache.get(family) is None:
+            raise NotImplementedError
+
+    def track_crossing(self, cache, family):
+        return for_asv(cache[family])
+
+    track_crossing.unit = "positions or 1/density"

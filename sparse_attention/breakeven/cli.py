@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
-from . import machine, proof_command, ratchet_command, selftest, study_command, table
+from . import ingest, machine, proof_command, ratchet_command, selftest, study_command, table
 from .case import Case, select
 from .power import Power, PowerPoint
 from .progress import Progress, Silent, duration
@@ -251,6 +251,7 @@ def _parser() -> argparse.ArgumentParser:
     proof_command.add_command(command, seconds, positive)
     study_command.add_commands(command, seconds, positive, fraction)
     add_reporting(command)
+    ingest.add_command(command)
     return parser
 
 
