@@ -3,7 +3,7 @@
 Every case is listed, measured or not: a case that asv is not told of disappears from the dashboard, history and all.
 What is measured is chosen by SPARSE_ATTENTION_PERF_CASES (shell patterns, separated by spaces), SPARSE_ATTENTION_PERF_SIZES
 (default or full) and SPARSE_ATTENTION_PERF_BUDGET (seconds); SPARSE_ATTENTION_PERF_STUDY=1 adds the break-even study, of
-SPARSE_ATTENTION_PERF_STUDY_BUDGET seconds. SPARSE_ATTENTION_PERF_THREADS is set by asv.conf.json.
+SPARSE_ATTENTION_PERF_STUDY_BUDGET seconds. BREAKEVEN_THREADS is set by asv.conf.json.
 """
 
 import importlib.util

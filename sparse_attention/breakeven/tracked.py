@@ -18,7 +18,7 @@ from .crossing import Family
 from .result import LEAST_BLOCKS, block_logs
 from .store import Record, Run
 
-THREADS = "SPARSE_ATTENTION_PERF_THREADS"  # variable of asv's matrix that says on how many threads of a CPU a curve was measured
+THREADS = "BREAKEVEN_THREADS"  # variable of asv's matrix that says on how many threads of a CPU a curve was measured
 LEAST_BYTES = 1 << 20  # below it is the allocator that is seen
 DIGITS = 5  # asv prints floats whole
 
