@@ -1,18 +1,22 @@
-"""Writes the results in README.md and docs/results.md from a stored run: python docs/fill_results.py RUN.json
+"""Writes results into the pages from stored runs and studies: python docs/fill_results.py RUN.json STUDY.json
 
-`pytest perf --breakeven-json RUN.json` stores one.
+`pytest perf --breakeven-json RUN.json` stores a run, for README.md and docs/results.md; `study --json STUDY.json` of
+`python -m sparse_attention.breakeven` a study, for docs/break_even.md.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from sparse_attention.breakeven import table
+from sparse_attention.breakeven.report.curves import of_study
 from sparse_attention.breakeven.result import Result, results
 from sparse_attention.breakeven.store import Run
+from sparse_attention.breakeven.study_table import curve
 from sparse_attention.breakeven.verdict import Policy, Sequential, TwoStage
 
 DOCS = Path(__file__).resolve().parent
@@ -85,8 +89,34 @@ def pages(run: Run) -> dict[Path, str]:
     }
 
 
+def study_page(path: str) -> str:
+    """Where each family's break-even lies, and what others printed beside what was measured here."""
+    families = [f"| `{c.crossing.family}` | {c.words} | {curve(c.crossing)} |" for c in of_study(path)]
+    parts = [machine_table(Run.load(path)), "\n".join(["| family | sparse | speedup at each size |", "|---|---|---|", *families])]
+    rows = json.loads(Path(path).read_text())["published"]
+    if rows:
+        header = ["row", *rows[0]["figures"], "dense here", "sparse here", "speedup here", "engine"]
+        cells = [[row["id"], *row["figures"].values(), *_fastest(row["here"])] for row in rows]
+        parts.append("\n".join("| " + " | ".join(line) + " |" for line in [header, ["--"] * len(header), *cells]))
+    return "\n" + "\n\n".join(parts) + "\n"
+
+
+def _fastest(here: dict[str, dict]) -> list[str]:
+    timed = {name: r for name, r in here.items() if r["speedup"] and r["blocks"] > 1}
+    if not timed:
+        return ["-", "-", next(iter(here.values()))["verdict"], ""]
+    name = max(timed, key=lambda n: timed[n]["speedup"])
+    r = timed[name]
+    interval = f"{r['speedup']:.2f}x [{r['low']:.2f}, {r['high']:.2f}]"
+    return [table.seconds(r["baseline_s"]), table.seconds(r["candidate_s"]), interval, name.rpartition("/")[2]]
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) < 2:
         sys.exit(__doc__)
-    for page, body in pages(Run.load(sys.argv[1])).items():
-        fill(page, body)
+    for stored in sys.argv[1:]:
+        if "crossings" in json.loads(Path(stored).read_text()):
+            fill(DOCS / "break_even.md", study_page(stored))
+        else:
+            for page, body in pages(Run.load(stored)).items():
+                fill(page, body)
