@@ -5,7 +5,8 @@ q, k, v: [batch, heads, seq, head_dim] as for `attention`; k and v may have fewe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +16,16 @@ from sparse_attention.patterns import Lengths, Pattern
 
 Call = Callable[[], torch.Tensor]
 
+COMPILED = "sdpa compiled"
+COMPILED_FLAG = "SPARSE_ATTENTION_COMPILED_BASELINE"  # environment variable: 1 makes it a rival on CPU too, seconds a shape
 MATH_BYTES = 1 << 26  # the math backend writes all scores: it is a rival only while they fit the caches
 
 
 def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool, mask: torch.Tensor | None = None) -> dict[str, Call]:
-    """SDPA in each way that might be the fastest; the first is what a plain call gives. `mask` instead of `causal`."""
+    """SDPA in each way that might be the fastest; the first is what a plain call gives. `mask` instead of `causal`.
+
+    Compiled too on CUDA. On CPU only under COMPILED_FLAG: it calls the same kernel there after its guards.
+    """
     grouped = q.shape[1] != k.shape[1]
 
     def sdpa():
@@ -36,7 +42,14 @@ def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool, ma
         ways["sdpa, heads repeated"] = repeated
     for backend in _further_backends(q, k):
         ways[f"sdpa {backend.name.lower()}"] = _on(backend, sdpa)
+    if q.is_cuda or (os.environ.get(COMPILED_FLAG) == "1" and not q.requires_grad):
+        ways[COMPILED] = torch.compile(sdpa, dynamic=False)
     return ways
+
+
+def prepare(ways: Mapping[str, Call]) -> Callable[[str], None]:
+    """For `Workload.prepare`: compiles the compiled one, which happens in its first call."""
+    return lambda name: ways[name]() if name == COMPILED else None
 
 
 def masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern) -> Call:

@@ -209,6 +209,8 @@ def _baselines(workload: Workload, clock: Clock) -> tuple[dict[str, tuple[float,
     for name, call in workload.baselines.items():
         try:
             _prepare(workload, name)
+            if not clock.on_threads:
+                call()  # kernels for other devices are often compiled by their first call
             found[name] = _survey(call, clock)
         except Exception as error:
             absent[name] = summary(error)
