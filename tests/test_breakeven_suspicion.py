@@ -150,6 +150,18 @@ def test_without_inputs_the_same_memory_is_suspicious():
     checking.check_fresh(Workload(lambda: np.arange(4.0), {"plain": lambda: np.arange(4.0)}), seed=0)
 
 
+@pytest.mark.parametrize(
+    "output", [lambda: torch.empty(0), lambda: np.float64(3.0), lambda: torch.eye(3).to_sparse(), lambda: "text"]
+)
+def test_outputs_without_memory_of_their_own_are_no_sign(output):
+    checking.check_fresh(Workload(output, check=lambda found: None), seed=0)
+
+
+def test_a_sparse_tensor_is_an_output_like_others():
+    x = torch.randn(4, 4)
+    checking.check_fresh(Workload(lambda: (2 * x).to_sparse(), check=lambda y: torch.equal(y.to_dense(), 2 * x), inputs=[x]), seed=0)
+
+
 def test_a_kernel_that_stops_computing_while_it_is_timed_is_found_after():
     x = np.random.default_rng(0).standard_normal(100)
     seen = []

@@ -17,11 +17,19 @@ def arrays(output: Any) -> list[Any]:
 
 def memory(array: Any) -> int:
     """Address of the storage that `array` is a view of."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(array, torch.Tensor) and array.layout is not torch.strided:
+        return id(array)
     if hasattr(array, "untyped_storage"):
         return array.untyped_storage().data_ptr()
     while getattr(array, "base", None) is not None:
         array = array.base
     return array.ctypes.data if hasattr(array, "ctypes") else id(array)
+
+
+def size(array: Any) -> int:
+    """Number of elements."""
+    return array.numel() if hasattr(array, "numel") else array.size
 
 
 def is_floating(array: Any) -> bool:
@@ -32,10 +40,13 @@ def is_floating(array: Any) -> bool:
 
 
 def sample(array: Any) -> Any:
-    """A NumPy array of elements evenly spaced over `array`, copied."""
+    """A NumPy array of elements evenly spaced over `array`, copied; None for layouts that have no such order."""
     import numpy as np
 
     if hasattr(array, "detach"):
+        torch = sys.modules["torch"]
+        if array.layout is not torch.strided:
+            return None
         flat = array.detach().reshape(-1)
         some = flat[:: max(1, flat.numel() // _SAMPLED)].cpu()
         return (some.double() if some.is_floating_point() else some).numpy().copy()

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from .arrays import arrays, is_floating, memory
+from .arrays import arrays, is_floating, memory, sample, size
 from .case import Workload
 from .suspicion import Print, same_memory
 
@@ -112,8 +112,12 @@ def recheck(
 
 def _kept(workload: Workload, output: Any) -> bool:
     """Whether an output that is still full of poison is one that the candidate keeps: it returns it again."""
-    poisoned = [a for a in arrays(output) if is_floating(a) and _size(a) and bool((a != a).all())]
+    poisoned = [a for a in arrays(output) if is_floating(a) and size(a) and _all_nan(sample(a))]
     return bool(poisoned) and same_memory(poisoned, workload.candidate())
+
+
+def _all_nan(some: Any) -> bool:
+    return some is not None and bool((some != some).all())
 
 
 def _require_computed(workload: Workload) -> None:
@@ -171,7 +175,3 @@ def redraw(inputs: Sequence[Any], seed: int) -> None:
                 array.copy_(torch.from_numpy(drawn) * (float(array.float().std()) or 1.0))
         else:
             array[...] = drawn * (array.std() or 1.0)
-
-
-def _size(array: Any) -> int:
-    return array.numel() if hasattr(array, "numel") else array.size

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .arrays import arrays, is_floating, memory, sample
+from .arrays import arrays, is_floating, memory, sample, size
 from .clock import Clock
 from .peaks import Peak
 
@@ -48,11 +48,11 @@ class Print:
 
     @classmethod
     def of(cls, output: Any) -> Print:
-        taken = [(array, sample(array)) for array in arrays(output)]
+        taken = [(array, some) for array in arrays(output) if (some := sample(array)) is not None]
         telling = any(is_floating(array) and len(set(some.tolist())) > 8 for array, some in taken)
         return cls(tuple(some.tobytes() for _, some in taken), telling)
 
 
 def same_memory(one: Any, other: Any) -> bool:
     """Whether two outputs that both still live share an array's memory."""
-    return bool({memory(a) for a in arrays(one)} & {memory(a) for a in arrays(other)})
+    return bool({memory(a) for a in arrays(one) if size(a)} & {memory(a) for a in arrays(other) if size(a)})
