@@ -100,6 +100,16 @@ def test_what_did_not_pass_comes_first_and_worst_first():
     )
 
 
+def test_what_is_suspicious_is_an_error_without_a_speedup():
+    run = stored.run(WINNING)
+    run.records[NAMES[1]].scout |= {"status": "suspicious", "reason": "work on another stream: over after 1e-05 s"}
+    report = build(run)
+    assert [(row.result.verdict, row.result.speedup) for row in report.changed] == [(Verdict.SUSPICIOUS, None)]
+    assert report.sentence.startswith(f"1 of {len(WINNING)} cases suspicious: {NAMES[1]}")
+    (said,) = annotations(report)
+    assert said.startswith("::error ") and "another stream" in said
+
+
 def test_a_class_without_floors_is_reported_not_judged():
     run = stored.run(WINNING)
     run.settings["unjudged"] = "reported, not judged: no floors for machine class cpu/zen9/1c/1t"
