@@ -19,7 +19,7 @@ from .result import LEAST_BLOCKS, block_logs
 from .store import Record, Run
 
 THREADS = "BREAKEVEN_THREADS"  # variable of asv's matrix that says on how many threads of a CPU a curve was measured
-LEAST_BYTES = 1 << 20  # below it is the allocator that is seen
+LEAST_BYTES = 4 << 20  # below, what is seen on a CPU is the allocator
 DIGITS = 5  # asv prints floats whole
 
 Figure = float | list[float]  # a list has a sample for each block
