@@ -58,7 +58,8 @@ def test_the_command_line_shows_memory_of_a_stored_run(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "disturbed, said", [({}, "contended"), ({"slow clock": 3, "contended": 1}, "slow clock"), ({"throttled (power cap)": 4}, "throttled")]
+    "disturbed, said",
+    [({}, "contended"), ({"slow clock": 3, "contended": 1}, "slow clock"), ({"throttled (power cap)": 4}, "throttled")],
 )
 def test_the_reason_names_what_disturbed_most_pairs(disturbed, said):
     found = Record(case("x"), {"status": "ok", "baselines": {"plain": 1.0}})

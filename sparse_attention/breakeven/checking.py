@@ -124,7 +124,7 @@ def _require_computed(workload: Workload) -> None:
     """Without inputs to change, an output in the memory of one that still lives might be anybody's: refuse it."""
     first = workload.candidate()
     if same_memory(first, workload.candidate()):
-        raise Suspicious("it returns the same memory on every call: give `inputs`, which will be changed to see whether it computes")
+        raise Suspicious("it returns the same memory on every call: give `inputs`, to be changed to see whether it computes")
 
 
 def agree(output: Any, expected: Any) -> None:
