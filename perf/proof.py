@@ -37,7 +37,7 @@ INJECTED = [
     only("strided64/2k", "Strided(64)", shape(2, 2 * K, 64)),
     only("bigbird/2k", "BigBird()", shape(2, 2 * K, 64), causal=False),
     only("logsparse/2k", "LogSparse()", shape(4, 2 * K, 64), impl="gather"),
-    only("longformer256/2k", "Longformer(256, (0,))", shape(2, 2 * K, 64), causal=False),
+    only("longformer256/2k", "Longformer(256, 1)", shape(2, 2 * K, 64), causal=False),
 ]
 
 
