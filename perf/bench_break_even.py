@@ -2,8 +2,8 @@
 
 Every case is listed, measured or not: a case that asv is not told of disappears from the dashboard, history and all.
 What is measured is chosen by SPARSE_ATTENTION_PERF_CASES (shell patterns, separated by spaces), SPARSE_ATTENTION_PERF_SIZES
-(default or full) and SPARSE_ATTENTION_PERF_BUDGET (seconds); SPARSE_ATTENTION_PERF_STUDY=1 adds the break-even study, of
-SPARSE_ATTENTION_PERF_STUDY_BUDGET seconds. BREAKEVEN_THREADS is set by asv.conf.json.
+(default or full) and SPARSE_ATTENTION_PERF_BUDGET (seconds); SPARSE_ATTENTION_PERF_STUDY adds the break-even study
+(1, or patterns of its families), of SPARSE_ATTENTION_PERF_STUDY_BUDGET seconds. BREAKEVEN_THREADS is set by asv.conf.json.
 """
 
 import importlib.util
@@ -36,9 +36,8 @@ from .study import FAMILIES  # noqa: E402
 COMPILE_S = 1200
 
 
-def chosen(offered):
-    patterns = os.environ.get("SPARSE_ATTENTION_PERF_CASES", "").split()
-    return select(offered, patterns, os.environ.get("SPARSE_ATTENTION_PERF_SIZES", "default"))
+def chosen(offered, patterns: str):
+    return select(offered, patterns.split(), os.environ.get("SPARSE_ATTENTION_PERF_SIZES", "default"))
 
 
 def settings(variable: str, budget_s: float, **fields) -> Settings:
@@ -52,7 +51,7 @@ class BreakEven:
     timeout = 120
 
     def setup_cache(self):
-        cases, policy = chosen(CASES), Sequential((5,))
+        cases, policy = chosen(CASES, os.environ.get("SPARSE_ATTENTION_PERF_CASES", "")), Sequential((5,))
         given = settings("SPARSE_ATTENTION_PERF_BUDGET", 600, policy=policy, first_look_share=0.9)
         scouted = Race(cases, replace(given, budget_s=COMPILE_S), Progress())  # compiles the kernels, which the budget is not for
         scouted.scout()
@@ -110,9 +109,10 @@ class Crossings:
     timeout = 120
 
     def setup_cache(self):
-        if os.environ.get("SPARSE_ATTENTION_PERF_STUDY") != "1":
+        asked = os.environ.get("SPARSE_ATTENTION_PERF_STUDY", "")
+        if not asked:
             return {}
-        families = select(FAMILIES, sizes=os.environ.get("SPARSE_ATTENTION_PERF_SIZES", "default"))
+        families = chosen(FAMILIES, "" if asked == "1" else asked)
         study = Study(families, settings("SPARSE_ATTENTION_PERF_STUDY_BUDGET", 900, policy=POLICY), Progress())
         study.execute()
         found = zip(families, study.crossings())

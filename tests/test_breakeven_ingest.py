@@ -383,9 +383,8 @@ def test_a_study_is_made_only_when_asked_for(monkeypatch):
     bench = importlib.import_module("perf.bench_break_even")
     monkeypatch.delenv("SPARSE_ATTENTION_PERF_STUDY", raising=False)
     assert bench.Crossings().setup_cache() == {}
-    monkeypatch.setattr(bench, "FAMILIES", [FAMILIES[0]])
     monkeypatch.setattr(race_module, "run_worker", FakeProcesses(lambda case: (1e-3, case.args["q_len"] * 1e-5), sd=0.001))
-    monkeypatch.setenv("SPARSE_ATTENTION_PERF_STUDY", "1")
+    monkeypatch.setenv("SPARSE_ATTENTION_PERF_STUDY", FAMILIES[0].id)
     suite = bench.Crossings()
     cache = suite.setup_cache()
     low, estimate, high = suite.track_crossing(cache, FAMILIES[0].id)["samples"]
