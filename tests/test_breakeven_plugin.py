@@ -89,8 +89,52 @@ def test_not_evaluated_is_12_unless_allowed(session):
     assert session(table(AWAY), "--breakeven-allow-not-evaluated").ret == 0
 
 
-def test_nothing_judged_is_13(session):
-    assert session("import pytest\npytestmark = pytest.mark.skip\n" + table("case('quick')")).ret == 13
+def test_nothing_judged_is_never_0(session):
+    skipped = "import pytest\npytestmark = pytest.mark.skip\n" + table("case('quick')")
+    assert session(skipped).ret == 12
+    assert session(skipped, "--breakeven-allow-not-evaluated").ret == 13
+
+
+MISSING = """
+def test_missing(breakeven):
+    kernel = __import__("pytest").importorskip("no_such_kernel")
+    breakeven(kernel.fast, kernel.slow)
+"""
+FORGOTTEN = """
+def test_forgotten(breakeven):
+    pass
+"""
+
+
+@pytest.mark.parametrize(
+    "source, said",
+    [(MISSING, "test_it.py::test_missing: NOT EVALUATED: could not import 'no_such_kernel'*"), (FORGOTTEN, "test_it.py::test_forgotten: NOT EVALUATED: it ended without a race")],
+)
+def test_a_missing_kernel_is_12_beside_one_that_passes(session, source, said):
+    found = session(PAIR.format(slow=3e-3, fault="", floor=1.0) + source, benchmark=False)
+    assert found.ret == 12
+    found.stdout.fnmatch_lines([said, "1 pass, 1 not evaluated   exit 12"])
+    assert session(PAIR.format(slow=3e-3, fault="", floor=1.0) + source, "--breakeven-allow-not-evaluated").ret == 0
+
+
+def test_a_missing_kernel_in_a_test_of_one_case_is_12(session):
+    source = "from tests.breakeven_toys import case\ndef test_one(breakeven_race):\n    %s\n    breakeven_race(case('quick'))\n"
+    assert session(source % "pass").ret == 0
+    assert session(source % "__import__('pytest').skip('no kernel')").ret == 12
+
+
+def test_a_file_skipped_as_a_whole_is_12_if_its_tests_race(session, pytester):
+    away = "import pytest\npytest.importorskip('no_such_kernel')\n"
+    pytester.makepyfile(test_away=away + "def test_race(breakeven):\n    pass\n")
+    ordinary = "def test_one():\n    pass\n"
+    found = session(ordinary)
+    assert found.ret == 12
+    found.stdout.fnmatch_lines(["test_away.py: NOT EVALUATED: the whole file was skipped: could not import 'no_such_kernel'*"])
+    found = session(ordinary, "-k", "one")
+    assert found.ret == 0
+    found.stdout.fnmatch_lines(["test_away.py: the whole file was skipped: *; its tests were not evaluated, if -k or -m selects any"])
+    pytester.makepyfile(test_away=away + "def test_race():\n    'breakeven'\n")
+    assert session(ordinary).ret == 0
 
 
 def test_a_renamed_case_is_not_0(session):

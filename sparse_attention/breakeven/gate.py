@@ -19,6 +19,7 @@ from .replay import prepare, replay
 from .result import Result, results
 from .store import Run
 from .terms import Terms, terms
+from .unheard import FIXTURES, Unheard
 from .verdict import ExitCode, Sequential, TwoStage, Verdict
 
 
@@ -39,6 +40,9 @@ class Gate:
         self._run: Run | None = None
         self._raced: dict[str, Result] = {}
         self._compared: dict[str, Result] = {}
+        self._racing: dict[str, str | None] = {}  # node id -> id of the case that it names
+        self._answered: set[str] = set()
+        self._unheard = Unheard(config)
         self._slow_nodes: set[str] = set()
         self._other_failures = 0
         self._code: ExitCode | None = None
@@ -50,6 +54,9 @@ class Gate:
         self._refuse_company()
         if self._run is None:
             self._measure({**self._cases, case.id: case})
+        if case.id not in self._raced:
+            raise ValueError(f"case {case.id!r} was not selected with the others: parametrize the test with a `case`")
+        self._answered.add(request.node.nodeid)
         found = self._raced[case.id]
         record = self._run.records[case.id]
         if record.blocks and "benchmark" in request.fixturenames:
@@ -68,13 +75,14 @@ class Gate:
         self._refuse_company()
         with self._shown() as progress:
             found = self._comparisons.judge(key, request.node.nodeid, case, progress)
+        self._answered.add(request.node.nodeid)
         self._compared[key] = found
         self._conclude(request, found)
         return found
 
     @property
     def results(self) -> list[Result]:
-        return [*self._raced.values(), *self._compared.values()]
+        return [*self._raced.values(), *self._compared.values(), *self._without_result()]
 
     def prepare(self, items: list[pytest.Item]) -> None:
         """Before pytest-benchmark looks for its fixture: give it to the tests that race."""
@@ -87,6 +95,8 @@ class Gate:
     def pytest_collection_modifyitems(self, items):
         for item in items:
             case = _case_of(item)
+            if set(FIXTURES) & set(getattr(item, "fixturenames", ())):
+                self._racing[item.nodeid] = case and case.id
             if case is not None:
                 self._cases[case.id] = case
             elif "breakeven" in getattr(item, "fixturenames", ()):
@@ -95,7 +105,12 @@ class Gate:
             self._refuse_what_would_judge_nothing()
             self._agree(self._cases)
 
+    def pytest_collectreport(self, report):
+        self._unheard.collected(report)
+
     def pytest_runtest_logreport(self, report):
+        if report.nodeid in self._racing:
+            self._unheard.ran(report)
         if report.failed and report.nodeid not in self._slow_nodes:
             self._other_failures += 1
 
@@ -111,7 +126,7 @@ class Gate:
 
     @pytest.hookimpl(trylast=True)
     def pytest_terminal_summary(self, terminalreporter, exitstatus):
-        if not self.results:
+        if not self.results and not self._unheard.unsure:
             return
         terminalreporter.section("break-even")
         if self._run is not None:
@@ -121,8 +136,10 @@ class Gate:
             terminalreporter.write_line(table.text(raced, self._terms.labels, memory))
             for remark in self._terms.remarks(self._run, raced):
                 terminalreporter.write_line(remark)
-        if self._compared:
-            terminalreporter.write_line(table.text(list(self._compared.values()), ("baseline", "candidate")))
+        if others := [*self._compared.values(), *self._without_result()]:
+            terminalreporter.write_line(table.text(others, ("baseline", "candidate")))
+        for line in self._unheard.unsure:
+            terminalreporter.write_line(line)
         code = self._code if self._code is not None else exitstatus
         terminalreporter.write_line(f"{table.tally(self.results)}   exit {int(code)}")
 
@@ -144,11 +161,15 @@ class Gate:
 
     @property
     def _selected(self) -> bool:
-        return bool(self._cases or self._comparisons.nodes)
+        return bool(self._racing or self._without_result())
+
+    def _without_result(self) -> list[Result]:
+        named = {node for node, case in self._racing.items() if case in self._raced}
+        return self._unheard.results(self._answered | named)
 
     def _agree(self, cases: dict[str, Case]) -> None:
         option = self._config.option
-        if option.breakeven_base and not cases:
+        if option.breakeven_base and len(self._racing) == len(self._comparisons.nodes):
             raise pytest.UsageError("--breakeven-base races tables of cases: no selected test uses breakeven_race")
         try:
             chosen = self._settings.threads, self._settings.device
