@@ -329,7 +329,7 @@ def test_command_line(tmp_path, folder, capsys):
     html, md = tmp_path / "report.html", tmp_path / "comment.md"
     assert main(["report", str(tmp_path / "run.json"), "--history", str(folder), "--html", str(html), "--md", str(md)]) == 0
     said = capsys.readouterr().out
-    assert said.startswith("INCONCLUSIVE: 2 of 13 cases inconclusive; 11 pass\n")
+    assert said.startswith("NOT EVALUATED: 2 of 13 cases not evaluated; 11 pass\n"), "suspects without a second look"
     assert f"wrote {html}" in said and f"wrote {md}" in said
     assert "window256/4k" in md.read_text() and "<!doctype html>" in html.read_text()
 

@@ -14,7 +14,7 @@ from sparse_attention.breakeven.statistics import (
     interval,
     t_quantile,
 )
-from sparse_attention.breakeven.verdict import exit_code, judge
+from sparse_attention.breakeven.verdict import conclude, exit_code, judge
 
 # From published tables of Student's t.
 T_TABLE = [(0.95, 1, 6.314), (0.95, 4, 2.132), (0.99, 9, 2.821), (0.975, 30, 2.042), (0.995, 120, 2.617), (0.5, 7, 0.0)]
@@ -112,6 +112,41 @@ def test_sequential_looks_at_5_10_and_20():
     assert judge(near, 1.0, policy).verdict is Verdict.INCONCLUSIVE
     assert judge(blocks(0.8, 5), 1.0, policy).verdict is Verdict.FAIL
     assert judge(blocks(1.2, 5), 1.0, policy).verdict is Verdict.PASS
+
+
+@pytest.mark.parametrize(
+    "logs, policy, verdict, reason",
+    [
+        (blocks(0.5, 4), TwoStage(), Verdict.NOT_EVALUATED, "out of time after 4 of 5 blocks"),
+        (blocks(0.5, 4), Sequential(), Verdict.NOT_EVALUATED, "out of time after 4 of 5 blocks"),
+        (blocks(0.99, 4, sd=0.2), TwoStage(), Verdict.NOT_EVALUATED, "after 4 of 5"),
+        ([], TwoStage(), Verdict.NOT_EVALUATED, "out of time before its first block"),
+        (blocks(2.0, 2), TwoStage(), Verdict.NOT_EVALUATED, "after 2 of 5"),
+        (blocks(2.0, 3), TwoStage(), Verdict.PASS, "on 3 of 5 blocks"),
+        (blocks(0.5, 5), TwoStage(), Verdict.NOT_EVALUATED, "below the floor at its first look, and out of time, 10 blocks short"),
+        (blocks(0.5, 7), TwoStage(), Verdict.NOT_EVALUATED, "8 blocks short of the second"),
+        (blocks(0.5, 8), TwoStage(), Verdict.FAIL, "on 3 of 10 fresh blocks"),
+        (blocks(0.9, 5) + blocks(1.0, 5, sd=0.1), TwoStage(), Verdict.NOT_EVALUATED, "5 blocks short of the second"),
+        (blocks(0.9, 5) + blocks(2.0, 5), TwoStage(), Verdict.PASS, "on 5 of 10 fresh blocks"),
+        (blocks(1.0, 5, sd=0.1), TwoStage(), Verdict.INCONCLUSIVE, "out of time, 10 blocks short of a further look"),
+        (blocks(1.0, 5, sd=0.1), Sequential(), Verdict.INCONCLUSIVE, "5 blocks short of a further look"),
+    ],
+)
+def test_what_runs_out_of_time_is_no_excuse(logs, policy, verdict, reason):
+    found = conclude(logs, 1.0, policy)
+    assert found.verdict is verdict
+    assert reason in found.reason
+
+
+@pytest.mark.parametrize("count", [8, 10, 14])
+def test_a_second_look_cut_short_alarms_no_more_often(count):
+    """At the floor itself a suspect is confirmed at most 1 % of the time, however many fresh blocks there were."""
+    rng = random.Random(count)
+    first, fails = blocks(0.9, 5), 0
+    for _ in range(2000):
+        logs = first + [rng.gauss(0, 0.03) for _ in range(count - 5)]
+        fails += conclude(logs, 1.0, TwoStage()).verdict is Verdict.FAIL
+    assert 8 <= fails <= 36  # 20 +- 3.6 standard deviations
 
 
 @pytest.mark.parametrize("floor", [0.0, -1.0, math.nan, math.inf])

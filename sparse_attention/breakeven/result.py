@@ -11,9 +11,7 @@ from typing import Any
 
 from .statistics import Interval, block_log_speedup, detectable_slowdown
 from .store import Record, Run
-from .verdict import Judgement, Policy, Verdict, compare, judge
-
-LEAST_BLOCKS = 3  # a case may pass on fewer blocks than the policy asks for, if time or quiet ran out, but not on fewer than this
+from .verdict import Judgement, Policy, Verdict, conclude, judge
 
 
 @dataclass(frozen=True)
@@ -102,23 +100,12 @@ def result(record: Record, policy: Policy) -> Result:
         return Result(case.id, Verdict.WRONG, case.floor, record.error or record.scout["reason"])
     if status != "ok":
         return Result(case.id, Verdict.NOT_EVALUATED, case.floor, record.scout.get("reason", "never started"))
-    judged = judge_record(record, policy)
+    judged = conclude(block_logs(record), case.floor, policy)
     valid = [b for b in record.blocks if b.valid]
-    verdict, reason = judged.verdict, judged.reason
-    if len(valid) < policy.blocks:
-        disturbed = len(record.blocks) - len(valid)
-        if len(valid) >= LEAST_BLOCKS and compare(judged.interval, case.floor) is Verdict.PASS:
-            verdict, reason = Verdict.PASS, f"on {len(valid)} of {policy.blocks} blocks"
-        elif disturbed:
-            pairs = [clean for b in record.blocks for clean in b.clean]
-            verdict = Verdict.NOT_EVALUATED
-            reason = f"{_cause(record)}: {disturbed} of {len(record.blocks)} blocks disturbed, {_share(pairs)} of pairs clean"
-        elif not valid:
-            verdict, reason = Verdict.NOT_EVALUATED, "out of time before its first block"
-        else:
-            reason = f"out of time after {len(valid)} of {policy.blocks} blocks"
-    elif judged.more:
-        reason = f"out of time, {judged.more} blocks short of a second look"
+    verdict, reason, disturbed = judged.verdict, judged.reason, len(record.blocks) - len(valid)
+    if verdict is Verdict.NOT_EVALUATED and disturbed and not judged.suspect:
+        pairs = [clean for b in record.blocks for clean in b.clean]
+        reason = f"{_cause(record)}: {disturbed} of {len(record.blocks)} blocks disturbed, {_share(pairs)} of pairs clean"
     found = judged.interval
     blocks = valid or record.blocks
     return Result(

@@ -15,8 +15,9 @@ from typing import Any
 
 from .case import Case
 from .crossing import Family
-from .result import LEAST_BLOCKS, block_logs
+from .result import block_logs
 from .store import Record, Run
+from .verdict import LEAST_BLOCKS
 
 THREADS = "BREAKEVEN_THREADS"  # variable of asv's matrix that says on how many threads of a CPU a curve was measured
 LEAST_BYTES = 4 << 20  # below, what is seen on a CPU is the allocator

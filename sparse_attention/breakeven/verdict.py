@@ -5,16 +5,19 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .statistics import Interval, interval
+
+
+LEAST_BLOCKS = 3  # a look that time or quiet cut short may still decide, but not on fewer blocks than this
 
 
 class Verdict(str, enum.Enum):
     PASS = "PASS"  # the whole interval lies at or above the floor
     FAIL = "FAIL"  # the whole interval lies below it
     INCONCLUSIVE = "INCONCLUSIVE"
-    NOT_EVALUATED = "NOT EVALUATED"  # nothing valid was measured; the reason is kept
+    NOT_EVALUATED = "NOT EVALUATED"  # too little that is valid was measured; the reason is kept
     WRONG = "WRONG"  # the candidate's output is wrong, or it raised: it has no time
     SUSPICIOUS = "SUSPICIOUS"  # what was timed cannot have been its work: it has no time either
 
@@ -79,6 +82,19 @@ class TwoStage:
     def blocks(self) -> int:
         return self.first
 
+    def cut_short(self, logs: Sequence[float], floor: float) -> Judgement | None:
+        """Of a suspect: what those fresh blocks say that there are. A second look of fewer blocks errs as seldom, it only
+        finds less; the first look alone would fail the floor itself first_alpha of the time.
+        """
+        fresh = logs[self.first :]
+        if len(fresh) < LEAST_BLOCKS:
+            return None
+        found = interval(fresh, self.second_alpha)
+        verdict = compare(found, floor)
+        if verdict is Verdict.INCONCLUSIVE:
+            return None
+        return Judgement(verdict, found, reason=f"on {len(fresh)} of {self.second} fresh blocks")
+
     def judge(self, logs: Sequence[float], floor: float) -> Judgement:
         if len(logs) < self.first:
             return _too_few(logs, self.first_alpha, self.first - len(logs))
@@ -129,6 +145,25 @@ def judge(logs: Sequence[float], floor: float, policy: Policy) -> Judgement:
     if not floor > 0 or not math.isfinite(floor):
         raise ValueError(f"floor must be a positive speedup, got {floor}")
     return policy.judge(logs, floor)
+
+
+def conclude(logs: Sequence[float], floor: float, policy: Policy) -> Judgement:
+    """As `judge`, no more blocks being measured. INCONCLUSIVE is then only what has all blocks of a first look and was not
+    below the floor there: neither time nor quiet that ran out may hide a slower candidate.
+    """
+    judged = judge(logs, floor, policy)
+    if not judged.more:
+        return judged
+    if len(logs) < policy.blocks:
+        if len(logs) >= LEAST_BLOCKS and compare(judged.interval, floor) is Verdict.PASS:
+            return Judgement(Verdict.PASS, judged.interval, reason=f"on {len(logs)} of {policy.blocks} blocks")
+        when = f"after {len(logs)} of {policy.blocks} blocks" if logs else "before its first block"
+        return replace(judged, verdict=Verdict.NOT_EVALUATED, reason=f"out of time {when}")
+    short = f"out of time, {judged.more} blocks short of "
+    if judged.suspect:
+        unconfirmed = f"below the floor at its first look, and {short}the second"
+        return policy.cut_short(logs, floor) or replace(judged, verdict=Verdict.NOT_EVALUATED, reason=unconfirmed)
+    return replace(judged, reason=short + "a further look")
 
 
 def _too_few(logs: Sequence[float], alpha: float, more: int) -> Judgement:
