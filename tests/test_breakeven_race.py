@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from sparse_attention.breakeven import Case, Race, Run, Sequential, Settings, TwoStage, Verdict, results, select
+from sparse_attention.breakeven import machine
 from sparse_attention.breakeven import race as race_module
 from sparse_attention.breakeven.cli import main
 from sparse_attention.breakeven.progress import Silent
@@ -176,6 +177,53 @@ def test_a_run_that_was_cut_short_goes_on(tmp_path):
     assert run.records["quick"].blocks[:2] == before.records["quick"].blocks
     with pytest.raises(ValueError, match="other cases"):
         Race([case("quick")], longer, Silent(), resume=Run.load(path))
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """Somebody's repository with a kernel, as the working folder."""
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    for arguments in (["init"], ["add", "."], ["commit", "-m", "kernel"]):
+        (folder / "kernel.py").write_text("speed = 1\n")
+        identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+        subprocess.run(["git", *identity, *arguments], check=True, capture_output=True)
+    return folder
+
+
+def test_the_commit_is_of_the_repository_that_is_worked_in(repository, monkeypatch):
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    clean = machine.describe()
+    assert (clean["commit"], clean["dirty"], clean["changes"]) == (head, False, None)
+    assert clean["harness"]["commit"] != head
+    digests = set()
+    for speed in (2, 3):
+        (repository / "kernel.py").write_text(f"speed = {speed}\n")
+        assert machine.describe()["dirty"]
+        digests.add(machine.describe()["changes"])
+    assert len(digests) == 2 and None not in digests
+    monkeypatch.chdir(repository.parent)
+    assert machine.describe()["commit"] is None
+
+
+def test_another_kernels_run_is_not_gone_on_with(repository):
+    def race(policy=Sequential((2,)), resume=None, **fields):
+        chosen = Settings(budget_s=30, policy=policy, device=fields.pop("device", toys.DEVICE), **fields)
+        return Race([case("quick")], chosen, Silent(), resume=resume)
+
+    stored = race().run
+    assert race(Sequential((4,)), resume=stored).run.settings["policy"]["looks"] == (4,)
+    other = {"policy": dict(policy=TwoStage()), "threads": dict(threads=2), "device": dict(device="cpu"), "base": dict(base="a" * 40)}
+    for name, fields in other.items():
+        with pytest.raises(ValueError, match=f"resume: the stored run has {name} "):
+            race(resume=stored, **fields)
+    (repository / "kernel.py").write_text("speed = 2\n")
+    with pytest.raises(ValueError, match="resume: the stored run has changes None, this is '"):
+        race(resume=stored)
+    subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-am", "x"], check=True, capture_output=True)
+    with pytest.raises(ValueError, match="resume: the stored run has commit "):
+        race(resume=stored)
 
 
 def test_time_that_runs_out_is_said():

@@ -1,7 +1,9 @@
 """Timing and checking in one process, with a clock that is told the time."""
 
 import gc
+import importlib.util
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -167,6 +169,15 @@ def test_usage_counts_what_this_process_did():
     sum(random.random() for _ in range(200_000))
     spent = machine.Usage.now().since(start)
     assert 0 < spent.cpu_s <= spent.wall_s * machine.cores() * 1.1
+
+
+def test_without_counters_of_this_process_switches_are_none(monkeypatch):
+    monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
+    spec = importlib.util.spec_from_file_location("machine_elsewhere", machine.__file__)
+    elsewhere = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "machine_elsewhere", elsewhere)
+    spec.loader.exec_module(elsewhere)
+    assert elsewhere.Usage.now().since(elsewhere.Usage.now()).involuntary == 0
 
 
 def test_machine_class_names_processor_and_cores():

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
-import resource
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 # (vendor, family, first model, last model) -> microarchitecture, from the vendors' processor tables
 _MICROARCHITECTURES = [
@@ -70,9 +74,13 @@ def cpu_flags() -> frozenset[str]:
 
 
 def describe(device: str = "cpu") -> dict[str, Any]:
-    """What a reader needs beside a number. Imports nothing heavy."""
+    """What a reader needs beside a number. Imports nothing heavy.
+
+    `commit` is of the repository around the working folder, whose kernels these are; `changes` identifies what differs from it,
+    untracked files aside. `harness` is what measured them.
+    """
     info = _cpuinfo()
-    commit, committed, dirty = _commit()
+    commit, committed, changes = _commit(os.getcwd())
     return {
         "class": machine_class(device),
         "cpu": info.get("model name", platform.processor() or platform.machine()),
@@ -83,7 +91,9 @@ def describe(device: str = "cpu") -> dict[str, Any]:
         "versions": {name: _version(name) for name in ("sparse-attention", "torch", "numpy", "pytest-benchmark")},
         "commit": commit,
         "committed": committed,
-        "dirty": dirty,
+        "dirty": changes is not None,
+        "changes": changes,
+        "harness": {"version": _version("sparse-attention"), "commit": _commit(os.path.dirname(os.path.abspath(__file__)))[0]},
         "load": _load(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
@@ -102,8 +112,9 @@ class Usage:
     @classmethod
     def now(cls) -> Usage:
         busy_s, steal_s = _core_seconds()
-        used, cpu_s = resource.getrusage(resource.RUSAGE_SELF), time.process_time()
-        return cls(time.perf_counter(), cpu_s, used.ru_nivcsw, busy_s - cpu_s, steal_s)
+        involuntary = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw if resource else 0
+        cpu_s = time.process_time()
+        return cls(time.perf_counter(), cpu_s, involuntary, busy_s - cpu_s, steal_s)
 
     def since(self, start: Usage) -> Usage:
         return Usage(
@@ -183,19 +194,20 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _commit() -> tuple[str | None, str | None, bool]:
-    """Commit of the source tree this package is imported from, its date, and whether it has changes; none outside one."""
-    here = os.path.dirname(os.path.abspath(sys.modules[__name__].__file__))
+def _commit(folder: str) -> tuple[str | None, str | None, str | None]:
+    """Commit of the git repository around `folder`, its date, and a digest of what differs from it (None where nothing does);
+    none of them outside a repository.
+    """
 
     def git(*arguments):
-        return subprocess.run(["git", "-C", here, *arguments], capture_output=True, text=True, timeout=10)
+        return subprocess.run(["git", "-C", folder, *arguments], capture_output=True, timeout=10)
 
     try:
         head = git("log", "-1", "--format=%H %cI")
         if head.returncode:
-            return None, None, False
-        changes = git("status", "--porcelain", "--untracked-files=no")
+            return None, None, None
+        changes = git("diff", "--binary", "--no-ext-diff", "--no-textconv", "HEAD").stdout
     except (OSError, subprocess.TimeoutExpired):
-        return None, None, False
-    commit, committed = head.stdout.split()
-    return commit, committed, bool(changes.stdout.strip())
+        return None, None, None
+    commit, committed = head.stdout.decode().split()
+    return commit, committed, hashlib.sha256(changes).hexdigest()[:16] if changes else None

@@ -51,11 +51,13 @@ class Race:
         save: Callable[[Run], None] = lambda run: None,
         resume: Run | None = None,
     ):
-        records = {case.id: Record(case) for case in cases}
+        here = Run(describe(settings.device), settings.as_dict(), {case.id: Record(case) for case in cases})
         if resume is not None:
-            _require_same(resume, records, settings)
+            require_same(resume, here)
+            _require_same_cases(resume, here)
+            resume.settings |= here.settings
         self.settings, self.progress, self._save = settings, progress, save
-        self.run = resume or Run(describe(settings.device), settings.as_dict(), records)
+        self.run = resume or here
         self._start = time.perf_counter()
         self._deaths = 0
         self._overhead_s: float | None = None  # of one block: starting, building, checking twice
@@ -235,13 +237,21 @@ class Race:
         self._save(self.run)
 
 
-def _require_same(resume: Run, records: dict[str, Record], settings: Settings) -> None:
-    here = describe(settings.device)
-    for key in ("class", "commit"):
-        if resume.machine.get(key) != here[key]:
-            raise ValueError(f"resume: the stored run has {key} {resume.machine.get(key)!r}, this is {here[key]!r}")
-    def definitions(of):
-        return json.dumps({name: record.case.as_dict() for name, record in of.items()}, sort_keys=True)
+def require_same(resume: Run, here: Run) -> None:
+    """ValueError when the stored run measured other kernels than this one would, or in another way."""
+    machine = ("class", "cpu", "commit", "changes", "harness")
+    told = {name: (resume.machine.get(name), here.machine[name]) for name in machine}
+    told |= {name: (resume.settings.get(name), here.settings[name]) for name in ("threads", "device", "base", "unjudged")}
+    told["policy"] = (resume.settings.get("policy", {}).get("name"), here.settings["policy"]["name"])
+    told["torch"] = (resume.machine.get("versions", {}).get("torch"), here.machine["versions"]["torch"])
+    for name, (then, now) in told.items():
+        if then != now:
+            raise ValueError(f"resume: the stored run has {name} {then!r}, this is {now!r}")
 
-    if definitions(resume.records) != definitions(records):
+
+def _require_same_cases(resume: Run, here: Run) -> None:
+    def definitions(of):
+        return json.dumps({name: record.case.as_dict() for name, record in of.records.items()}, sort_keys=True)
+
+    if definitions(resume) != definitions(here):
         raise ValueError("resume: the stored run has other cases than are selected now")

@@ -10,7 +10,7 @@ from typing import Any
 from .case import Case
 from .crossing import Crossing, Family, Probe, crossing, gaps, wanted
 from .progress import Progress
-from .race import Race, Settings
+from .race import Race, Settings, require_same
 from .result import Result, block_logs, judge_record, result
 from .store import Record, Run
 from .verdict import Sequential, Verdict
@@ -162,12 +162,7 @@ class Study(Race):
         return self.run.records.get(family.case(size).id)
 
     def _take_over(self, resume: Run) -> None:
-        for key in ("class", "commit"):
-            if resume.machine.get(key) != self.run.machine[key]:
-                raise ValueError(f"resume: the stored run has {key} {resume.machine.get(key)!r}, this is {self.run.machine[key]!r}")
-        for key in ("threads", "device"):
-            if resume.settings.get(key) != getattr(self.settings, key):
-                raise ValueError(f"resume: the stored run has {key} {resume.settings.get(key)!r}, this has other")
+        require_same(resume, self.run)
         known = {case.id: case for case in [family.case(s) for family in self.families for s in family.sizes]}
         known.update({case.id: case for row in self.published for case in row.cases})
         for name, record in resume.records.items():
