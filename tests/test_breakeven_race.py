@@ -243,6 +243,59 @@ def test_select():
         select(toys.CASES, ["quick", "renamed"])
 
 
+def test_ids_differ():
+    with pytest.raises(ValueError, match="ids must differ, got 'quick' more than once"):
+        select([*toys.CASES, case("quick")])
+
+
+@pytest.fixture
+def own_table(tmp_path, monkeypatch):
+    """Puts a module `own_cases` with this text into the working folder."""
+
+    def write(text):
+        (tmp_path / "own_cases.py").write_text(text)
+        monkeypatch.delitem(sys.modules, "own_cases", raising=False)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield write
+    sys.modules.pop("own_cases", None)
+
+
+@pytest.mark.parametrize(
+    "text, code, said",
+    [
+        ("CASES = []", 13, "no case is in the table 'own_cases'"),
+        ("ROWS = []", 2, "own_cases' cannot be loaded: AttributeError"),
+        ("CASES = [{}['renamed']]", 2, "cannot be loaded: KeyError: 'renamed'"),
+        ("CASES = 5", 2, "cannot be loaded: TypeError"),
+        ("CASES = ['quick']", 2, "must be a list of Case, got 'own_cases' with 'quick'"),
+    ],
+)
+@pytest.mark.parametrize("command", ["list", "gate --dry-run", "plan --dry-run"])
+def test_a_table_that_cannot_be_used_is_said_in_a_line(own_table, capsys, command, text, code, said):
+    own_table(text)
+    assert main([*command.split(), "--table", "own_cases"]) == code
+    found = capsys.readouterr()
+    assert said in found.err and found.err.count("\n") == 1 and not found.out
+
+
+@pytest.mark.parametrize("command", ["gate", "gate --dry-run", "run", "plan", "study", "calibrate"])
+def test_a_device_that_is_not_here_is_not_evaluated(command, capsys):
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("it is here")
+    assert main([*command.split(), "--device", "cuda"]) == 12
+    assert "device 'cuda' is not here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["gate", *MEASURE], ["run", *MEASURE], ["study"]])
+def test_launches_that_block_are_refused(command, monkeypatch, capsys):
+    monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "1")
+    assert main(command) == 2
+    assert "CUDA_LAUNCH_BLOCKING=1 times every launch" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("build", ["tests.breakeven_toys", "a:b:c"])
 def test_a_builder_is_a_module_and_a_function(build):
     with pytest.raises(ValueError, match="package.module:function"):
@@ -265,7 +318,29 @@ def test_command_run_does_not_judge(capsys, tmp_path):
     assert main(["regate", str(stored), "--cases", "renamed"]) == 13
     capsys.readouterr()
     assert main(["plan", "--run", str(stored), "--detect", "5%", "--device", toys.DEVICE]) == 0
-    assert "5.0% in any of these, with 95 % power" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "5.0% in any of these, with 95 % power" in said and said.endswith(" in all (minutes:seconds)\n")
+
+
+def test_command_run_that_evaluated_nothing_does_not_end_well(own_table, capsys):
+    lines = ["from sparse_attention.breakeven import Case", 'CASES = [Case("away", "tests.breakeven_toys:nowhere")]']
+    own_table("\n".join(lines))
+    measure = ["--table", "own_cases", *MEASURE[2:], "--thresholds", "none"]
+    assert main(["run", *measure]) == 12
+    assert main(["run", *measure, "--allow-not-evaluated"]) == 13
+    assert main(["plan", *measure[:-2]]) == 13
+    lines[1] = lines[1].replace("]", ", *toys.CASES[:1]]")
+    own_table("\n".join(["import tests.breakeven_toys as toys", *lines]))
+    assert main(["run", *measure]) == 0
+    capsys.readouterr()
+    assert main(["plan", *measure[:-2]]) == 12
+    assert "in any of the 1 of 2 cases that were measured" in capsys.readouterr().out
+
+
+def test_command_plan_tells_before_it_measures(monkeypatch, capsys):
+    monkeypatch.setattr(race_module, "run_worker", lambda *arguments, **fields: pytest.fail("measured"))
+    assert main(["plan", *MEASURE, "--dry-run"]) == 0
+    assert "3 cases, at least 5 blocks" in capsys.readouterr().out
 
 
 def test_command_gate_says_below_break_even(capsys):

@@ -144,17 +144,44 @@ def test_ratchet_lowers_only_with_a_reason():
     after = written(floors(of={HERE: {"a": 2.0}}), found, "2026-02-02", None, "torch 3 made dense faster")
     assert after.classes[HERE]["a"]["was"] == 2.0
     assert after.classes[HERE]["a"]["reason"] == "torch 3 made dense faster"
-    assert lowered(floors(of={HERE: {"a": 2.0}}), after) == []
+    assert lowered(floors(of={HERE: {"a": 2.0}}), after, [case("a")], [case("a")]) == []
 
 
 @pytest.mark.parametrize(
     "entry", [{"floor": 1.0}, {"floor": 1.0, "reason": "x"}, {"floor": 1.0, "was": 2.0}, {"floor": 1.0, "was": 1.5, "reason": "x"}]
 )
 def test_a_floor_lowered_by_hand_is_found(entry):
-    before = floors(of={HERE: {"a": 2.0}})
-    assert len(lowered(before, Thresholds({HERE: {"a": entry}}))) == 1
-    assert len(lowered(before, Thresholds({}))) == 1
-    assert lowered(before, floors(of={HERE: {"a": 2.5, "b": 0.5}})) == []
+    before, cases = floors(of={HERE: {"a": 2.0}}), [case("a"), case("b")]
+    assert len(lowered(before, Thresholds({HERE: {"a": entry}}), cases, cases)) == 1
+    assert lowered(before, floors(of={HERE: {"a": 2.5, "b": 1.0}}), cases, cases) == []
+
+
+@pytest.mark.parametrize(
+    "before, after, own, says",
+    [
+        ({HERE: {"a": 2.0}}, {HERE: {"a": 2.0, "a*": 1.5}}, 1.0, "a: 2 became 1.5"),
+        ({HERE: {"a": 2.0}}, {HERE: {"a": 2.0}, "cpu/zen4/*": {"*": 1.5}}, 1.0, "a: 2 became 1.5"),
+        ({"cpu/zen4/2c": {"a": 2.0}}, {"cpu/zen4/2c": {"a": 2.0}, HERE: {"a": 1.5}}, 1.0, HERE + ": a: 2 became 1.5"),
+        ({"cpu/*": {"a": 2.0}}, {"cpu/*": {"a": 2.0}, "cpu/zen*": {"a": 1.5}}, 1.0, "cpu/zen*: a: 2 became 1.5"),
+        ({HERE: {}}, {HERE: {"*": 1.5}}, 3.0, "a: 3 became 1.5"),
+        ({HERE: {"a": 2.0}}, {HERE: {}}, 1.0, "a: 2 became 1 "),
+        ({HERE: {"a": 2.0}}, {}, 1.0, HERE + ": nothing is judged"),
+        ({HERE: {"a": 2.0}}, {"cuda/h100": {}}, 1.0, HERE + ": nothing is judged"),
+    ],
+)
+def test_every_way_to_a_lower_floor_is_found(before, after, own, says):
+    found = lowered(floors(of=before), floors(of=after), [case("a", own)], [case("a", own)])
+    assert len(found) == 1 and says in found[0]
+
+
+def test_a_case_that_lowers_its_own_floor_is_found():
+    file = floors(of={HERE: {}})
+    assert len(lowered(file, file, [case("a", 3.0)], [case("a", 2.0)])) == 1
+    assert lowered(file, file, [case("a", 3.0)], [case("a", 3.5), case("new", 0.5)]) == []
+
+
+def test_a_class_that_becomes_known_lowers_nothing():
+    assert lowered(floors(of={HERE: {}}), floors(of={HERE: {}, "cuda/h100": {"a": 0.5}}), [case("a")], [case("a")]) == []
 
 
 @pytest.mark.parametrize("runs", [3, 6, 15])
@@ -310,6 +337,17 @@ def test_gate_takes_this_machines_floor(tmp_path, capsys):
     assert "5x" in capsys.readouterr().out
 
 
+def test_a_floor_of_a_case_that_was_renamed_is_missed(tmp_path, capsys):
+    path = tmp_path / "floors.json"
+    command = ["gate", *MEASURE, "--threads", "1", "--thresholds", str(path), "--dry-run"]
+    floors(of={here(1): {"old_name": 5.0, "old*": 2.0, "largest": 1.0}, "cpu/abacus/1c": {"older": 1.0}}).save(path)
+    assert main(command) == 13
+    said = capsys.readouterr().err
+    assert "floors for old_name, of which tests.breakeven_toys:CASES has no case" in said
+    floors(of={here(1): {"quick": 5.0, "largest": 1.0}}).save(path)
+    assert main(command) == 0
+
+
 def test_gate_reports_and_does_not_judge_an_unknown_class(tmp_path, capsys):
     path, stored = tmp_path / "floors.json", tmp_path / "run.json"
     floors(of={"cpu/abacus/1c": {"quick": 5.0}}).save(path)
@@ -396,6 +434,64 @@ def test_command_ratchet(tmp_path, capsys, monkeypatch):
     assert main(["ratchet", str(tmp_path / "empty"), *TABLE]) == 2
     (tmp_path / "empty").mkdir()
     assert main(["ratchet", str(tmp_path / "empty"), *TABLE]) == 13
+
+
+@pytest.fixture
+def table_of_theirs(tmp_path, monkeypatch):
+    """A repository with a table and its floors, one commit old."""
+    (tmp_path / "rows.py").write_text("FLOOR = 3.0\n")
+    lines = ["from sparse_attention.breakeven import Case", "from rows import FLOOR", 'CASES = [Case("a", "m:f", floor=FLOOR)]']
+    (tmp_path / "their_table.py").write_text("\n".join(lines) + "\n")
+    floors(of={HERE: {}}).save(tmp_path / "thresholds.json")
+    for arguments in (["init"], ["add", "."], ["commit", "-m", "table"]):
+        git(tmp_path, *arguments)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BREAKEVEN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[1]))
+    yield tmp_path
+    for name in ("their_table", "rows"):
+        sys.modules.pop(name, None)
+    sys.path[:] = [entry for entry in sys.path if entry != str(tmp_path)]
+
+
+def test_command_ratchet_check_reads_the_revisions_table(table_of_theirs, capsys):
+    command = ["ratchet", "--check", "HEAD", "--table", "their_table"]
+    (table_of_theirs / "rows.py").write_text("FLOOR = 2.0\n")
+    assert main(command) == 1
+    assert f"lowered silently: {HERE}: a: 3 became 2" in capsys.readouterr().out
+    reason = {"floor": 2.0, "was": 3.0, "reason": "the case became harder"}
+    Thresholds({HERE: {"a": reason}}).save(table_of_theirs / "thresholds.json")
+    assert main(command) == 0
+    git(table_of_theirs, "rm", "--cached", "thresholds.json")
+    git(table_of_theirs, "commit", "-m", "no file")
+    floors(of={HERE: {"a": 1.0}}).save(table_of_theirs / "thresholds.json")
+    assert main(command) == 1, "before there was a file, the case's own floor held"
+
+
+def test_command_ratchet_check_without_the_revisions_table(table_of_theirs, capsys):
+    git(table_of_theirs, "rm", "--cached", "their_table.py")
+    git(table_of_theirs, "commit", "-m", "no table")
+    floors(of={HERE: {"*": 2.5}}).save(table_of_theirs / "thresholds.json")
+    assert main(["ratchet", "--check", "HEAD", "--table", "their_table:CASES"]) == 1
+    said = capsys.readouterr().out
+    assert "cannot be loaded (ModuleNotFoundError: No module named 'their_table')" in said
+    assert f"lowered silently: {HERE}: a: 3 became 2.5" in said
+
+
+def test_command_ratchet_writes_floors_for_each_number_of_threads(tmp_path):
+    rng = random.Random(0)
+    for threads, speedup in ((1, 3.0), (2, 2.0)):
+        for number, run in enumerate(history([speedup] * 3, rng, sd=0.005, threads=threads)):
+            run.records = {"quick": run.records["a"]}
+            run.records["quick"].case = toys.case("quick")
+            run.save(tmp_path / f"{threads}t-{number}.json")
+    path = tmp_path / "floors.json"
+    floors(of={"cpu/zen4/2c": {}}).save(path)
+    assert main(["ratchet", str(tmp_path), *TABLE, "--thresholds", str(path), "--write"]) == 0
+    found = Thresholds.load(path)
+    assert list(found.classes) == ["cpu/zen4/2c", "cpu/zen4/2c/1t", "cpu/zen4/2c/2t"]
+    assert 2.5 < found.floor("cpu/zen4/2c/1t", case("quick")) < 3.0
+    assert 1.6 < found.floor("cpu/zen4/2c/2t", case("quick")) < 2.0
 
 
 def test_the_file_that_is_shipped_is_valid():

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import fnmatch
 import importlib
+import os
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -11,6 +14,10 @@ from typing import Any
 
 class Unavailable(Exception):
     """Raised by a builder whose case cannot run on this machine; the case is then NOT EVALUATED with this reason."""
+
+
+class NothingToCheck(LookupError):
+    """What was asked for leaves nothing to check, or something that must be checked is gone."""
 
 
 @dataclass(frozen=True)
@@ -69,18 +76,40 @@ class Workload:
     note: str = ""
 
 
+def load_table(name: str) -> list[Case]:
+    """The list "module:name" of cases (CASES, where no name is given); modules of the working folder are found too.
+
+    Raises ValueError where there is none, NothingToCheck where it is empty.
+    """
+    module, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found = list(getattr(importlib.import_module(module), attribute or "CASES"))
+    except Exception as error:
+        raise ValueError(f"table {name!r} cannot be loaded: {type(error).__name__}: {error}") from error
+    if not all(isinstance(case, Case) for case in found):
+        raise ValueError(f"table must be a list of Case, got {name!r} with {next(c for c in found if not isinstance(c, Case))!r}")
+    if not found:
+        raise NothingToCheck(f"no case is in the table {name!r}")
+    return found
+
+
 def select(cases: Iterable[Case], patterns: Iterable[str] = (), sizes: str = "default") -> list[Case]:
-    """Cases whose id or a tag matches any shell pattern (all, without patterns); LookupError for one that matches none.
+    """Cases whose id or a tag matches any shell pattern (all, without patterns); NothingToCheck for one that matches none.
 
     Cases tagged "full" are left out unless `sizes` is "full".
     """
     if sizes not in ("default", "full"):
         raise ValueError(f"sizes must be 'default' or 'full', got {sizes!r}")
+    cases = list(cases)
+    if repeated := [name for name, count in Counter(c.id for c in cases).items() if count > 1]:
+        raise ValueError(f"ids must differ, got {repeated[0]!r} more than once")
     offered = [c for c in cases if sizes == "full" or "full" not in c.tags]
     chosen = set()
     for pattern in (patterns := list(patterns)):
         matches = {c.id for c in offered if any(fnmatch.fnmatchcase(name, pattern) for name in (c.id, *c.tags))}
         if not matches:
-            raise LookupError(f"no case of sizes {sizes!r} matches {pattern!r}")
+            raise NothingToCheck(f"no case of sizes {sizes!r} matches {pattern!r}")
         chosen |= matches
     return [c for c in offered if c.id in chosen or not patterns]

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
 from . import ingest, machine, proof_command, ratchet_command, selftest, study_command, table
-from .case import Case, select
+from .case import Case, NothingToCheck, Unavailable, load_table, select
 from .power import Power, PowerPoint
 from .progress import Progress, Silent, duration
 from .race import Race, Settings
 from .report.command import add_commands as add_reporting
-from .result import results
+from .result import Result, results
 from .statistics import blocks_to_detect
 from .store import Run
 from .terms import add_options, terms
-from .verdict import ExitCode, Policy, Sequential, TwoStage, exit_code
+from .verdict import ExitCode, Policy, Sequential, TwoStage, Verdict, exit_code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,9 +26,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return int(options.command(options))
-    except LookupError as error:
-        print(f"breakeven: {error.args[0]}", file=sys.stderr)
+    except NothingToCheck as error:
+        print(f"breakeven: {error}", file=sys.stderr)
         return int(ExitCode.NOTHING_CHECKED)
+    except Unavailable as error:
+        print(f"breakeven: {error}", file=sys.stderr)
+        return int(ExitCode.NOT_EVALUATED)
     except (ValueError, OSError, ImportError) as error:
         print(f"breakeven: {error}", file=sys.stderr)
         return int(ExitCode.USAGE)
@@ -59,11 +60,7 @@ def _measured(options, gate: bool) -> int:
     against = terms(options, _cases(options), settings.threads, settings.device, options.table)
     cases, settings = against.cases, replace(settings, **against.settings)
     if options.dry_run:
-        print(f"{len(cases)} cases, at least {settings.policy.blocks} blocks, {settings.threads} threads,", end=" ")
-        print(f"{duration(settings.budget_s)} at most, on {machine.machine_class(settings.device)}:")
-        for case in cases:
-            print(f"  {case.id}")
-        return ExitCode.OK
+        return _say(cases, settings)
     run = _race(cases, settings, options)
     found = results(run, settings.policy)
     print(table.headline(run, found))
@@ -75,33 +72,54 @@ def _measured(options, gate: bool) -> int:
         with open(options.markdown, "a") as f:
             f.write("\n\n".join(parts) + "\n")
     code = against.exit_code(found, options.strict, options.allow_not_evaluated)
-    if not gate and code not in (ExitCode.WRONG, ExitCode.NOTHING_CHECKED):
+    if not gate and code is not ExitCode.WRONG and any(_has_figures(r, settings) for r in found):
         code = ExitCode.OK
     print(f"{table.tally(found)}   exit {int(code)} in {duration(run.elapsed_s)}")
     return code
 
 
+def _has_figures(found: Result, settings: Settings) -> bool:
+    """It was judged, or would have been on a machine class with floors."""
+    judged = found.verdict in (Verdict.PASS, Verdict.FAIL, Verdict.INCONCLUSIVE)
+    return judged or bool(settings.unjudged and found.reason == settings.unjudged)
+
+
 def _plan(options) -> int:
     """How many blocks and minutes each case needs, from the noise of a stored or a fresh run."""
     settings = _settings(options)
-    run = Run.load(options.run) if options.run else _race(_cases(options), settings, options)
+    if options.run:
+        run = Run.load(options.run)
+    else:
+        cases = _cases(options)
+        if options.dry_run:
+            return _say(cases, settings)
+        run = _race(cases, settings, options)
     blocks_s = [e["ready_s"] + e["measured_s"] for e in run.evidence]
     block_s = sum(blocks_s) / max(len(blocks_s), 1)
-    rows = []
-    for found in results(run, settings.policy):
-        if found.interval is None or found.interval.blocks < 2:
-            print(f"{found.id:<40} nothing measured: {found.reason}")
-            continue
-        rows.append((found.id, found.interval.sd, blocks_to_detect(found.interval.sd, options.detect, options.alpha)))
-    for name, sd, blocks in rows:
-        print(f"{name:<40} block sd {100 * sd:4.1f} %   {blocks if blocks else 'more than 1000'} blocks")
-    most = [blocks for _, _, blocks in rows if blocks]
-    if not most:
+    found = results(run, settings.policy)
+    known = {r.id: r.interval.sd for r in found if r.interval is not None and r.interval.blocks > 1}
+    needed = {name: blocks_to_detect(sd, options.detect, options.alpha) for name, sd in known.items()}
+    for r in found:
+        if r.id in known:
+            print(f"{r.id:<40} block sd {100 * known[r.id]:4.1f} %   {needed[r.id] or 'more than 1000'} blocks")
+        else:
+            print(f"{r.id:<40} nothing measured: {r.reason}")
+    if not known:
         return ExitCode.NOTHING_CHECKED
-    print(
-        f"a slowdown of {options.detect:.1%} in any of these, with 95 % power at alpha {options.alpha}: "
-        f"{max(most)} blocks of {block_s:.0f} s, {duration(max(most) * block_s)} minutes"
-    )
+    whose = "any of these" if len(known) == len(found) else f"any of the {len(known)} of {len(found)} cases that were measured"
+    most = None if None in needed.values() else max(needed.values())
+    takes = f"{most} blocks of {block_s:.0f} s, {duration(most * block_s)} in all (minutes:seconds)" if most else "more than 1000 blocks"
+    print(f"a slowdown of {options.detect:.1%} in {whose}, with 95 % power at alpha {options.alpha}: {takes}")
+    if options.json and options.run:
+        _write_json(options.json, {name: {"sd": sd, "blocks": needed[name], "block_s": block_s} for name, sd in known.items()})
+    return ExitCode.OK if len(known) == len(found) else ExitCode.NOT_EVALUATED
+
+
+def _say(cases: Sequence[Case], settings: Settings) -> int:
+    print(f"{len(cases)} cases, at least {settings.policy.blocks} blocks, {settings.threads} threads,", end=" ")
+    print(f"{duration(settings.budget_s)} at most, on {machine.machine_class(settings.device)}:")
+    for case in cases:
+        print(f"  {case.id}")
     return ExitCode.OK
 
 
@@ -144,9 +162,7 @@ def _race(cases: Sequence[Case], settings: Settings, options) -> Run:
 
 
 def _cases(options) -> list[Case]:
-    name, _, attribute = options.table.partition(":")
-    sys.path.insert(0, os.getcwd())
-    return select(getattr(importlib.import_module(name), attribute or "CASES"), options.cases, options.sizes)
+    return select(load_table(options.table), options.cases, options.sizes)
 
 
 def _settings(options) -> Settings:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from .asv_project import Project
-from .case import Case
+from .case import Case, NothingToCheck
 from .crossing import Family
 from .store import Run
 from .tracked import THREADS, Figure, Tracked, for_asv, of_cases, of_study
@@ -236,7 +236,7 @@ def _ingest(options) -> int:
         report = {"results": [entry.as_dict() for entry in found], "passed_over": passed_over}
         Path(options.json).write_text(json.dumps(report, indent=1))
     if not found:
-        raise LookupError(f"no stored run in {', '.join(options.runs)} can be a result of asv")
+        raise NothingToCheck(f"no stored run in {', '.join(options.runs)} can be a result of asv")
     print(f"{len(found)} results in {project.results_dir}" + (" would be written" if options.dry_run else ""))
     return ExitCode.OK
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
+from .case import Unavailable
+
 try:
     import resource
 except ImportError:  # Windows
@@ -54,10 +56,14 @@ def pinned(threads: int) -> list[int]:
 
 
 def machine_class(device: str = "cpu") -> str:
-    """A name shared by machines whose ratios may be compared, such as `cpu/zen4/2c` or `cuda/h100`."""
+    """A name shared by machines whose ratios may be compared, such as `cpu/zen4/2c` or `cuda/h100`. Raises Unavailable without the device."""
     if device.startswith("cuda"):
-        import torch
-
+        try:
+            import torch
+        except ImportError as error:
+            raise Unavailable(f"device {device!r} needs torch, which is not installed") from error
+        if not torch.cuda.is_available():
+            raise Unavailable(f"device {device!r} is not here: torch {torch.__version__} finds no CUDA device")
         words = torch.cuda.get_device_name().lower().replace("nvidia", "").replace("geforce", "").split()
         return f"cuda/{words[0]}"
     return f"cpu/{architecture()}/{cores()}c"

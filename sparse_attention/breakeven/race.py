@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -51,6 +52,8 @@ class Race:
         save: Callable[[Run], None] = lambda run: None,
         resume: Run | None = None,
     ):
+        if os.environ.get("CUDA_LAUNCH_BLOCKING") == "1":
+            raise ValueError("CUDA_LAUNCH_BLOCKING=1 times every launch: unset it")
         here = Run(describe(settings.device), settings.as_dict(), {case.id: Record(case) for case in cases})
         if resume is not None:
             require_same(resume, here)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from . import revision
-from .case import Case
+from .case import Case, NothingToCheck, load_table
 from .machine import describe
 from .ratchet import LEAST_RUNS, MARGIN, diff, load_history, propose, written
 from .thresholds import NAME, Thresholds, lowered
@@ -38,14 +42,15 @@ def add_command(
 def _ratchet(options, cases_of) -> int:
     if options.allow_lower and not options.reason.strip():
         raise ValueError("reason must say why floors are lowered (--allow-lower --reason TEXT), got ''")
-    cases = cases_of(options)
+    table = load_table(options.table)
     path = Path(options.thresholds) if options.thresholds else _beside(options.table)
     thresholds = Thresholds.load(path) if path.exists() else Thresholds({}, str(path))
     if options.check:
-        return _check(thresholds, path, options.check)
+        return _check(thresholds, path, options.check, options.table, table)
+    cases = cases_of(options)
     runs = load_history(options.runs)
     if not runs:
-        raise LookupError(f"no stored run in {', '.join(options.runs)}")
+        raise NothingToCheck(f"no stored run in {', '.join(options.runs)}")
     proposals = propose(runs, thresholds, cases, options.margin, options.least_runs)
     lower = [found for found in proposals if found.lowers]
     for found in lower if not options.allow_lower else []:
@@ -67,16 +72,45 @@ def _ratchet(options, cases_of) -> int:
     return ExitCode.OK
 
 
-def _check(now: Thresholds, path: Path, name: str) -> int:
+def _check(now: Thresholds, path: Path, name: str, table: str, cases: list[Case]) -> int:
     commit = revision.resolve(name, ".")
     text = revision.read(commit, path)
-    before = Thresholds.parse(text, f"{path} of {name}") if text is not None else Thresholds()
-    silent = lowered(before, now)
+    own = Thresholds({machine_class: {} for machine_class in now.classes})  # what held before there was a file
+    before = own if text is None else Thresholds.parse(text, f"{path} of {name}")
+    silent = lowered(before, now, _cases_of(commit, table) or cases, cases)
     for line in silent:
         print(f"lowered silently: {line}")
     if not silent:
         print(f"no floor of {path} was lowered silently since {name}")
     return ExitCode.WRONG if silent else ExitCode.OK
+
+
+def _cases_of(commit: str, table: str) -> list[Case] | None:
+    """The cases of `table` in a revision, listed in a process of its own; None, which is said, where that cannot be done."""
+    folder = revision.checkout(commit, ".")
+    below = subprocess.run(["git", "rev-parse", "--show-prefix"], capture_output=True, text=True, check=True).stdout.strip()
+    with tempfile.TemporaryDirectory() as scratch:
+        listed = Path(scratch, "cases.json")
+        command = [sys.executable, "-c", _LIST, table, str(listed)]
+        done = subprocess.run(command, cwd=folder / below, capture_output=True, text=True)
+        if done.returncode == 0:
+            return [Case.from_dict(entry) for entry in json.loads(listed.read_text())]
+    print(f"{table} of {commit[:10]} cannot be loaded ({_last(done.stderr)}): its cases' own floors are taken to be today's")
+    return None
+
+
+# Of -c, the working folder's modules come before those that are installed: the revision's own.
+_LIST = """
+import importlib, json, sys
+table, listed = sys.argv[1:]
+module, _, attribute = table.partition(":")
+cases = getattr(importlib.import_module(module), attribute or "CASES")
+json.dump([case.as_dict() for case in cases], open(listed, "w"))
+"""
+
+
+def _last(text: str) -> str:
+    return (text.strip().splitlines() or ["it said nothing"])[-1]
 
 
 def _beside(table: str) -> Path:

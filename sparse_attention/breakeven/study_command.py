@@ -78,7 +78,7 @@ def _study(options) -> int:
 
 
 def _declared(options) -> tuple[list[Family], list[Published]]:
-    """The families and published rows that the options select; LookupError for a pattern that matches nothing."""
+    """The families and published rows that the options select; NothingToCheck for a pattern that matches nothing."""
     sys.path.insert(0, os.getcwd())
     module = importlib.import_module(options.table)
     chosen = select([*module.FAMILIES, *getattr(module, "PUBLISHED", ())], options.cases, options.sizes)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import attribution, ratchet, regression
-from .case import Case
+from .case import Case, NothingToCheck, load_table
 from .machine import machine_class
 from .regression import Base
 from .result import Result
@@ -78,6 +78,8 @@ def terms(options: Any, cases: Iterable[Case], threads: int, device: str, table:
     if path is None or os.fspath(path) == NO_FILE:
         return Terms(cases, since=since, asked=asked)
     floors, machine = Thresholds.load(path), key(machine_class(device), threads, device)
+    if table and (lost := floors.without_case(machine, [case.id for case in load_table(table)])):
+        raise NothingToCheck(f"{path} has floors for {', '.join(lost)}, of which {table} has no case: rename or remove them there too")
     allowed = given("allow_unknown_class")
     return Terms(floors.applied(cases, machine), None, floors.unjudged(machine), allowed, since, asked)
 

@@ -86,6 +86,12 @@ class Thresholds:
         entry = self.entry(key, case.id)
         return case.floor if entry is None else float(entry["floor"])
 
+    def without_case(self, key: str, ids: Iterable[str]) -> list[str]:
+        """Ids that have a floor on this machine but are no case's, such as after a rename; patterns are passed over."""
+        known = set(ids)
+        named = [id for name, entries in self.classes.items() if _matches(key, name) for id in entries if not set(id) & set("*?[")]
+        return [id for id in dict.fromkeys(named) if id not in known]
+
     def applied(self, cases: Iterable[Case], key: str) -> list[Case]:
         """The cases with this machine's floors."""
         return [replace(case, floor=self.floor(key, case)) for case in cases]
@@ -111,16 +117,23 @@ def beside(table: str, name: str) -> Path | None:
     return path if path is not None and path.exists() else None
 
 
-def lowered(before: Thresholds, after: Thresholds) -> list[str]:
-    """Floors of `before` that `after` lowers or drops without saying why."""
+def lowered(before: Thresholds, after: Thresholds, cases_before: Iterable[Case], cases: Iterable[Case]) -> list[str]:
+    """Floors that `after` lowers, for any class of either file and any case, without saying why and what they were; and classes
+    that are judged no more. What counts is the floor that holds, whichever pattern or own floor of a case it comes from.
+    """
+    old = {case.id: case for case in cases_before}
+    pairs = [(old[case.id], case) for case in cases if case.id in old]
     out = []
-    for name, entries in before.classes.items():
-        for pattern, old in entries.items():
-            new = after.classes.get(name, {}).get(pattern)
-            if new is None:
-                out.append(f"{name}: {pattern}: {old['floor']} was dropped")
-            elif new["floor"] < old["floor"] and (new.get("was") != old["floor"] or not new.get("reason")):
-                out.append(f"{name}: {pattern}: {old['floor']} became {new['floor']} without a reason and what it was")
+    for name in dict.fromkeys([*before.classes, *after.classes]):
+        if not before.knows(name):
+            continue
+        if not after.knows(name):
+            out.append(f"{name}: nothing is judged there any more")
+            continue
+        for was, case in pairs:
+            then, now, entry = before.floor(name, was), after.floor(name, case), after.entry(name, case.id) or {}
+            if now < then and (entry.get("was") != then or not entry.get("reason")):
+                out.append(f"{name}: {case.id}: {then:g} became {now:g} without a reason and what it was")
     return out
 
 
