@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from sparse_attention.breakeven import Run, forwarding
+from sparse_attention.breakeven.cli import main
 from tests import breakeven_toys as toys
 
 pytest_plugins = ["pytester"]
@@ -248,3 +250,121 @@ def test_fixture_takes_a_check_of_ones_own(session):
     )
     assert session(source, benchmark=False).ret == 0
     assert session(source.replace("or 'right'", "or 'left'"), benchmark=False).ret == 1
+
+
+OPTION = """
+import os
+def pytest_addoption(parser):
+    parser.addoption("--kernel", default="slow")
+    parser.addoption("--drawn", default={drawn})
+"""
+CHOSEN = """
+from tests.breakeven_toys import take
+def test_pair(breakeven, request):
+    seconds = {"fast": 1e-3, "slow": 3e-3}[request.config.getoption("--kernel")]
+    breakeven(lambda: take(seconds) or 1, lambda: take(2e-3) or 1)
+"""
+
+
+@pytest.mark.parametrize("form", [["--kernel=fast"], ["--kernel", "fast"]])
+def test_fresh_processes_have_the_session_s_options(session, pytester, form):
+    pytester.makeconftest(OPTION.format(drawn=0))
+    found = session(CHOSEN, *form, "-x", "-k", "pair", "test_it.py", "--maxfail=3", "-rA", benchmark=False)
+    assert found.ret == 0
+    found.stdout.re_match_lines([r"test_it.py::test_pair .* 2x .*PASS"])
+    assert session(CHOSEN, benchmark=False).ret == 10
+
+
+def test_a_fresh_process_with_another_option_is_wrong(session, pytester):
+    pytester.makeconftest(OPTION.format(drawn="os.getpid()"))
+    found = session(CHOSEN, "--kernel=fast", benchmark=False)
+    assert found.ret == 1
+    found.stdout.fnmatch_lines(["*wrong*: a fresh process has other options: drawn is * in this session and * there"])
+
+
+XDIST = """
+def pytest_addoption(parser):
+    parser.getgroup("xdist")._addoption("-n", dest="numprocesses", type=int, default=0)
+def pytest_configure(config):
+    if config.option.numprocesses:
+        config.workerinput = {}
+"""
+
+
+def test_addopts_start_no_xdist_in_fresh_processes(session, pytester):
+    pytester.makepyfile(xdist=XDIST)
+    pytester.makeini("[pytest]\naddopts = -n4 -p xdist -m never\nmarkers = never: in addopts")
+    assert session(PAIR.format(slow=3e-3, fault="", floor=1.0), "-n0", "-m", "", benchmark=False).ret == 0
+
+
+@pytest.mark.parametrize(
+    "words, paths, kept",
+    [
+        (["-q", "a.py", "--kernel", "b"], ["a.py"], ["--kernel", "b"]),
+        (["--folder", "tests", "tests", "-k", "x or y", "-n4"], ["tests"], ["--folder", "tests"]),
+        (["-xvs", "-p", "no:randomly", "--cov=a", "-W", "error", "--benchmark-min-rounds", "5"], [], ["-p", "no:randomly", "-W", "error"]),
+    ],
+)
+def test_what_is_forwarded(words, paths, kept):
+    assert forwarding._kept(words, paths) == kept
+
+
+@pytest.mark.parametrize(
+    "crash, said", [("os.kill(os.getpid(), 9)", "signal 9"), ("os._exit(0)", "exit status 0"), ("return", "did not reach breakeven()")]
+)
+def test_a_kernel_that_crashes_now_and_then_is_wrong(session, crash, said):
+    third = "str(request.config.option.breakeven_worker).startswith('2:')"
+    source = f"""
+import os
+from tests.breakeven_toys import take
+def test_pair(breakeven, request):
+    if {third}:
+        {crash}
+    breakeven(lambda: take(1e-3) or 1, lambda: take(3e-3) or 1)
+def test_other(breakeven):
+    breakeven(lambda: take(1e-3) or 1, lambda: take(3e-3) or 1)
+"""
+    found = session(source, benchmark=False)
+    assert found.ret == 1
+    found.assert_outcomes(passed=1, failed=1)
+    found.stdout.fnmatch_lines([f"test_it.py::test_pair: wrong, so it has no time: *{said}*"])
+
+
+def test_a_stored_comparison_can_be_judged_again(session, pytester, capsys):
+    found = session(PAIR.format(slow=3e-3, fault="", floor=2.0) + MISSING, "--breakeven-json=run.json", benchmark=False)
+    assert found.ret == 12
+    path = str(pytester.path / "run.json")
+    run = Run.load(path)
+    record = run.records["test_it.py::test_pair"]
+    assert record.case.floor == 2.0 and [b.number for b in record.blocks] == list(range(5)) and len(run.evidence) == 5
+    assert all(e["measured_s"] > 0 and e["ready_s"] > 0 and e["anchor"] for e in run.evidence)
+    assert main(["regate", path]) == 12
+    assert "PASS" in capsys.readouterr().out
+    assert main(["regate", path, "--cases", "*pair"]) == 0
+    assert main(["plan", "--run", path]) == 0
+    assert main(["report", path, "--html", str(pytester.path / "run.html")]) in (0, 12)
+
+
+def test_comparisons_are_stored_beside_cases(session, pytester):
+    source = table("case('quick')") + PAIR.format(slow=3e-3, fault="", floor=2.0)
+    assert session(source, "--breakeven-json=run.json", benchmark=False).ret == 0
+    run = Run.load(pytester.path / "run.json")
+    assert set(run.records) == {"quick", "test_it.py::test_pair"} and len(run.evidence) == 10
+    assert [b.number for b in run.records["test_it.py::test_pair"].blocks] == list(range(5, 10))
+
+
+def test_the_fixture_keeps_to_the_budget(session):
+    found = session(PAIR.format(slow=3e-3, fault="", floor=1.0), "--breakeven-budget=0.1s", benchmark=False)
+    assert found.ret == 12
+    found.stdout.fnmatch_lines(["*out of time after 1 of 5 blocks*"])
+
+
+def test_the_fixture_s_floor_can_be_a_machine_s(session, pytester):
+    source = PAIR.format(slow=3e-3, fault="", floor=1.0)
+    (pytester.path / "floors.json").write_text('{"*": {"*test_pair": {"floor": 4.0}}}')
+    assert session(source, "--breakeven-thresholds=floors.json", benchmark=False).ret == 10
+    (pytester.path / "floors.json").write_text('{"abacus": {"*test_pair": {"floor": 4.0}}}')
+    found = session(source, "--breakeven-thresholds=floors.json", benchmark=False)
+    assert found.ret == 12
+    found.stdout.fnmatch_lines(["*reported, not judged*"])
+    assert session(source, "--breakeven-thresholds=floors.json", "--breakeven-allow-unknown-class", benchmark=False).ret == 0

@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
 from . import machine, table
 from .case import Case, Workload
-from .compare import BlockWriter, Comparisons
+from .compare import Comparisons
+from .forwarding import comparable
+from .fresh import BlockWriter
 from .progress import Progress, Silent
 from .race import Race, Settings
 from .replay import prepare, replay
@@ -26,15 +29,17 @@ from .verdict import ExitCode, Sequential, TwoStage, Verdict
 class Gate:
     """Registered as a plugin of its own, so that its methods are hooks."""
 
-    def __init__(self, config: pytest.Config):
+    def __init__(self, config: pytest.Config, options: Mapping[str, Any]):
+        """`options` as they were given, before plugins change them."""
         self._config = config
         option = config.option
         policy = Sequential() if option.breakeven_policy == "sequential" else TwoStage()
         threads = option.breakeven_threads or machine.default_threads(option.breakeven_device)
         self._settings = Settings(option.breakeven_budget, threads, policy, option.breakeven_device)
         target = option.breakeven_worker
-        self._worker = BlockWriter(target, self._settings.threads, self._settings.device) if target else None
-        self._comparisons = Comparisons(config, self._settings)
+        given = comparable(options)
+        self._worker = BlockWriter(target, threads, self._settings.device, given) if target else None
+        self._comparisons = Comparisons(config, self._settings, given)
         self._cases: dict[str, Case] = {}
         self._terms = Terms([])
         self._run: Run | None = None
@@ -68,13 +73,15 @@ class Gate:
 
     def compare(self, request: pytest.FixtureRequest, key: str, workload: Workload, floor: float) -> Result:
         """Judge two callables of a running test; in a worker, measure one block of them instead."""
-        case = Case(key, "pytest:test", floor=floor)
+        case = self._held_to(Case(key, "pytest:test", floor=floor))
         if self._worker:
-            self._worker.block(key, workload)
+            self._worker.block(key, request.node.nodeid, workload)
             return Result(key, Verdict.INCONCLUSIVE, floor)
         self._refuse_company()
         with self._shown() as progress:
             found = self._comparisons.judge(key, request.node.nodeid, case, progress)
+        if self._terms.unjudged and found.verdict in (Verdict.PASS, Verdict.FAIL, Verdict.INCONCLUSIVE):
+            found = replace(found, verdict=Verdict.NOT_EVALUATED, reason=self._terms.unjudged)
         self._answered.add(request.node.nodeid)
         self._compared[key] = found
         self._conclude(request, found)
@@ -108,6 +115,14 @@ class Gate:
     def pytest_collectreport(self, report):
         self._unheard.collected(report)
 
+    def pytest_runtest_logstart(self, nodeid):
+        if self._worker:
+            self._worker.start(nodeid)
+
+    def pytest_runtest_logfinish(self, nodeid):
+        if self._worker:
+            self._worker.end(nodeid)
+
     def pytest_runtest_logreport(self, report):
         if report.nodeid in self._racing:
             self._unheard.ran(report)
@@ -116,7 +131,11 @@ class Gate:
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session, exitstatus):
+        if self._worker:
+            self._worker.finish()
         judging = self._selected and not self._worker and not self._config.option.collectonly
+        if judging:
+            self._store()
         if not judging or int(exitstatus) not in (0, 1) or self._other_failures:
             return
         option = self._config.option
@@ -188,6 +207,21 @@ class Gate:
             race.execute()
             progress.done()
         self._raced = {r.id: r for r in results(self._run, self._settings.policy)}
+
+    def _held_to(self, case: Case) -> Case:
+        """With this machine's floor, where a file of them was given; the floor in the test holds on every machine otherwise."""
+        option = self._config.option
+        if option.breakeven_base or not option.breakeven_thresholds:
+            return case
+        return terms(option, [case], self._settings.threads, self._settings.device, prefix="breakeven_").cases[0]
+
+    def _store(self) -> None:
+        """The comparisons of tests, beside the cases that were raced."""
+        path = self._config.option.breakeven_json
+        if path and self._compared:
+            run = self._run or Run(machine.describe(self._settings.device), self._settings.as_dict(), {})
+            self._comparisons.add_to(run, self._without_result())
+            run.save(path)
 
     def _conclude(self, request: pytest.FixtureRequest, found: Result) -> None:
         request.node.user_properties.append(("breakeven", found.as_dict()))

@@ -19,6 +19,7 @@ from .result import Result
 from .terms import add_options
 
 _KEY: pytest.StashKey[Gate] = pytest.StashKey()
+_GIVEN: pytest.StashKey[dict[str, Any]] = pytest.StashKey()
 
 
 def pytest_addoption(parser):
@@ -35,8 +36,13 @@ def pytest_addoption(parser):
     group.addoption("--breakeven-worker", help=argparse.SUPPRESS)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    config.stash[_GIVEN] = dict(vars(config.option))
+
+
 def pytest_configure(config):
-    config.stash[_KEY] = Gate(config)
+    config.stash[_KEY] = Gate(config, config.stash.get(_GIVEN, vars(config.option)))
     config.pluginmanager.register(config.stash[_KEY], "breakeven-gate")
 
 
