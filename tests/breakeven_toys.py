@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import sys
+import time
 
 import numpy as np
 
@@ -55,6 +56,8 @@ def doubling(fast: float = 1e-3, slow: float = 3e-3, fault: str = "", factor: fl
             return factor * x + (len(kept) > 15)
         if fault == "raises":
             raise RuntimeError("no such kernel image")
+        if fault == "hangs":
+            time.sleep(600)
         if fault == "dies":
             os._exit(3)
         return factor * x
@@ -110,6 +113,11 @@ def light() -> Workload:
 
 def nowhere() -> Workload:
     raise Unavailable("needs a device that is not here")
+
+
+def hanging_later(scouted: str) -> Workload:
+    """Hangs as soon as the file `scouted` exists."""
+    return doubling(fault="hangs" if os.path.exists(scouted) else "")
 
 
 def case(name: str, floor: float = 1.0, limit_s: float | None = None, tags=(), columns=(), **args) -> Case:

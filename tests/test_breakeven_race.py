@@ -74,6 +74,30 @@ def test_a_kernel_that_does_not_compute_is_suspicious(found, name, reason):
     assert cheat.candidate_s is None
 
 
+def test_a_kernel_that_hangs_is_wrong_and_ends(monkeypatch):
+    monkeypatch.setattr(race_module, "BUILD_S", 6.0)
+    monkeypatch.setattr(race_module, "GRACE_S", 0.0)
+    policy = Sequential((2,))
+    chosen = Settings(budget_s=5.0, policy=policy, device=toys.DEVICE)
+    found = {r.id: r for r in results(Race([case("quick"), case("hangs", fault="hangs")], chosen, Silent()).execute(), policy)}
+    assert found["hangs"].verdict is Verdict.WRONG
+    assert "took longer than 0:0" in found["hangs"].reason
+    assert found["quick"].verdict is not Verdict.WRONG
+
+
+def test_a_kernel_that_hangs_later_is_wrong_too(monkeypatch, tmp_path):
+    monkeypatch.setattr(race_module, "GRACE_S", 0.0)
+    hanging = Case("hanging", "tests.breakeven_toys:hanging_later", {"scouted": str(tmp_path / "scouted")})
+    policy = Sequential((2,))
+    race = Race([hanging, case("quick")], Settings(budget_s=5.0, policy=policy, device=toys.DEVICE), Silent())
+    race.scout()
+    (tmp_path / "scouted").write_text("")
+    race.first_look()
+    found = {r.id: r for r in results(race.run, policy)}
+    assert found["hanging"].verdict is Verdict.WRONG and "took longer than" in found["hanging"].reason
+    assert found["quick"].verdict is Verdict.NOT_EVALUATED
+
+
 def test_a_case_that_cannot_run_here_is_not_evaluated(found):
     assert found[1]["away"].verdict is Verdict.NOT_EVALUATED
     assert "not here" in found[1]["away"].reason

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import collections
 import json
+import math
 import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from .case import Case
+from .progress import duration
 
 _HARNESS = "sparse_attention.breakeven"
 
@@ -46,10 +49,14 @@ def run_worker(
     device: str = "cpu",
     seed: int = 0,
     progress: Callable[[str], None] = lambda text: None,
-    timeout_s: float | None = None,
+    timeout_s: float = math.inf,
+    silence_s: float = math.inf,
     **fields: Any,
 ) -> dict[str, Any]:
-    """Run a job of `kind` ("scout", "block" or "columns") in a fresh process and return its result."""
+    """Run a job of `kind` ("scout", "block" or "columns") in a fresh process and return its result.
+
+    Raises WorkerDied when it ends without one, or is ended: after `timeout_s` seconds, or when it says nothing for `silence_s`.
+    """
     cases = list(cases)
     job = {
         "kind": kind,
@@ -73,7 +80,7 @@ def run_worker(
         errors="replace",
         env=environment,
     )
-    alarm = threading.Timer(timeout_s, process.kill) if timeout_s else None
+    watchdog = _Watchdog(process, timeout_s, silence_s)
     said: collections.deque[str] = collections.deque(maxlen=40)
 
     def relay():
@@ -84,8 +91,7 @@ def run_worker(
 
     listener = threading.Thread(target=relay, daemon=True)
     listener.start()
-    if alarm:
-        alarm.start()
+    watchdog.start()
     at, result = None, None
     try:
         try:
@@ -94,6 +100,7 @@ def run_worker(
         except BrokenPipeError:
             pass  # it died at once; what it said is below
         for line in process.stdout:
+            watchdog.heard()
             message = json.loads(line)
             if "result" in message:
                 result = message["result"]
@@ -105,15 +112,43 @@ def run_worker(
         if process.poll() is None:
             process.kill()
             process.wait()
-        if alarm:
-            alarm.cancel()
+        watchdog.stop()
         listener.join(timeout=5)
         process.stdout.close()
         process.stderr.close()
+    if result is None and watchdog.barked:
+        raise WorkerDied(f"it took longer than {duration(watchdog.limit_s)} (minutes:seconds)", at)
     if result is None:
         how = f"signal {-process.returncode}" if process.returncode < 0 else f"exit status {process.returncode}"
         raise WorkerDied(f"the process ended with {how}: {said[-1] if said else 'it said nothing'}", at)
     return result
+
+
+class _Watchdog(threading.Thread):
+    """Kills a process that lasts longer than `timeout_s` or is not heard of for `silence_s`."""
+
+    def __init__(self, process: subprocess.Popen, timeout_s: float, silence_s: float):
+        super().__init__(daemon=True)
+        self._process, self._timeout_s, self._silence_s = process, timeout_s, silence_s
+        self._start = self._heard = time.monotonic()
+        self._stopped = threading.Event()
+        self.barked, self.limit_s = False, timeout_s
+
+    def heard(self) -> None:
+        self._heard = time.monotonic()
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def run(self) -> None:
+        while True:
+            ends = self._start + self._timeout_s, self._heard + self._silence_s
+            left_s = min(ends) - time.monotonic()
+            if left_s <= 0:
+                self.barked, self.limit_s = True, self._timeout_s if ends[0] <= ends[1] else self._silence_s
+                self._process.kill()
+            if left_s <= 0 or self._stopped.wait(min(left_s, threading.TIMEOUT_MAX)):
+                return
 
 
 def _modules(functions: Iterable[str]) -> list[tuple[str, str, bool]]:

@@ -22,6 +22,10 @@ from .store import Block, Record, Run
 from .verdict import Policy, TwoStage
 
 
+GRACE_S = 60.0  # when the time is up, a process that says nothing for so long hangs
+BUILD_S = 900.0  # to build and check a case: kernels may have to be compiled, which no budget is for
+
+
 @dataclass(frozen=True)
 class Settings:
     budget_s: float = 255.0  # wall time for everything, builds included
@@ -83,7 +87,7 @@ class Race:
         """Build and check every case that has not been; a case whose process dies is set aside as wrong."""
         while missing := [r.case for r in self.run.records.values() if not r.scout]:
             try:
-                found = self._worker("scout", missing, "scouting")
+                found = self._worker("scout", missing, "scouting", silence_s=max(self.left_s + GRACE_S, BUILD_S))
             except WorkerDied as died:
                 culprit = died.case or missing[0].id
                 self.run.records[culprit].scout = {"status": "wrong", "reason": str(died)}
@@ -169,11 +173,12 @@ class Race:
 
     def _block(self, records: list[Record], block_s: float) -> None:
         number = len(self.run.evidence)
-        plans, _ = self.planned(records, block_s)
+        plans, planned_s = self.planned(records, block_s)
         what = f"block {number + 1} of {self.settings.policy.blocks}+, {len(records)} cases"
         start = time.perf_counter()
         try:
-            found = self._block_worker(records, plans, what, seed=self.settings.seed + number + 1)
+            silence_s = max(self.left_s, 0.0) + GRACE_S + 3 * (planned_s + sum(r.scout["ready_s"] for r in records))
+            found = self._block_worker(records, plans, what, seed=self.settings.seed + number + 1, silence_s=silence_s)
         except WorkerDied as died:
             self._deaths += 1
             self.progress.line(f"{what}: {died}")
