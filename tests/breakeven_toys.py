@@ -115,6 +115,23 @@ def nowhere() -> Workload:
     raise Unavailable("needs a device that is not here")
 
 
+def cold(first: float = 25e-3, then: float = 20e-3, other: float = 22e-3) -> Workload:
+    """A baseline whose first calls are slower than its rival's, and later ones faster."""
+    workload, calls = doubling(), []
+
+    def warming():
+        calls.append(None)
+        take(first if len(calls) < 3 else then, 0.0)
+        return 2.0 * workload.inputs[0]
+
+    def steady():
+        take(other, 0.0)
+        return 2.0 * workload.inputs[0]
+
+    workload.baselines = {"warming": warming, "steady": steady, "slow": lambda: take(2 * other)}
+    return workload
+
+
 def hanging_later(scouted: str) -> Workload:
     """Hangs as soon as the file `scouted` exists."""
     return doubling(fault="hangs" if os.path.exists(scouted) else "")

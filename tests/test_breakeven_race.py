@@ -43,6 +43,14 @@ def test_speedup_is_over_the_fastest_baseline(found):
     assert (quick.baseline_s, quick.candidate_s) == (pytest.approx(3e-3, rel=0.03), pytest.approx(1e-3, rel=0.03))
 
 
+def test_baselines_that_are_close_are_timed_again():
+    run, found = raced([Case("cold", "tests.breakeven_toys:cold")])
+    assert run.records["cold"].scout["baselines"] == {
+        "warming": pytest.approx(20e-3), "steady": pytest.approx(22e-3), "slow": pytest.approx(44e-3, rel=0.1)
+    }  # fmt: skip
+    assert found["cold"].baseline == "warming"
+
+
 def test_a_limit_stands_in_for_a_baseline(found):
     limited = found[1]["limited"]
     assert limited.verdict is Verdict.PASS
