@@ -10,6 +10,7 @@ import time
 import numpy as np
 
 from sparse_attention.breakeven import Case, Unavailable, Workload
+from sparse_attention.breakeven.case import NotInBase
 from sparse_attention.breakeven.clock import Clock
 
 DEVICE = "tests.breakeven_toys:ToldClock"
@@ -135,6 +136,10 @@ def cold(first: float = 25e-3, then: float = 20e-3, other: float = 22e-3) -> Wor
 def hanging_later(scouted: str) -> Workload:
     """Hangs as soon as the file `scouted` exists."""
     return doubling(fault="hangs" if os.path.exists(scouted) else "")
+
+
+def newer() -> Workload:
+    raise NotInBase("base abc cannot run it")
 
 
 def case(name: str, floor: float = 1.0, limit_s: float | None = None, tags=(), columns=(), **args) -> Case:

@@ -12,6 +12,7 @@ from sparse_attention.breakeven import machine
 from sparse_attention.breakeven import race as race_module
 from sparse_attention.breakeven.cli import main
 from sparse_attention.breakeven.progress import Silent
+from sparse_attention.breakeven.report import content
 from sparse_attention.breakeven.result import result
 from sparse_attention.breakeven.store import Block, Record
 from sparse_attention.breakeven.table import markdown, seconds, text
@@ -367,6 +368,17 @@ def test_command_run_that_evaluated_nothing_does_not_end_well(own_table, capsys)
     capsys.readouterr()
     assert main(["plan", *measure[:-2]]) == 12
     assert "in any of the 1 of 2 cases that were measured" in capsys.readouterr().out
+
+
+def test_a_case_that_the_base_does_not_have_counts_only_alone(own_table, tmp_path, capsys):
+    lines = ["from sparse_attention.breakeven import Case", "import tests.breakeven_toys as toys"]
+    own_table("\n".join([*lines, 'CASES = [Case("newer", "tests.breakeven_toys:newer"), *toys.CASES[:1]]']))
+    measure = ["--table", "own_cases", *MEASURE[2:], "--thresholds", "none", "--json", "run.json"]
+    assert main(["gate", *measure]) == 0
+    assert "newer: NOT EVALUATED: not in the base: base abc" in capsys.readouterr().out
+    assert main(["regate", "run.json", "--policy", "sequential"]) == 0
+    assert content.build(Run.load("run.json")).verdict == "PASS"
+    assert main(["gate", *measure, "--cases", "newer"]) == 12
 
 
 def test_command_plan_tells_before_it_measures(monkeypatch, capsys):

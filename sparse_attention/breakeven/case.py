@@ -16,6 +16,10 @@ class Unavailable(Exception):
     """Raised by a builder whose case cannot run on this machine; the case is then NOT EVALUATED with this reason."""
 
 
+class NotInBase(Unavailable):
+    """Raised by a builder that races two revisions, whose base does not have the case: a new one, that has nothing to race."""
+
+
 class NothingToCheck(LookupError):
     """What was asked for leaves nothing to check, or something that must be checked is gone."""
 

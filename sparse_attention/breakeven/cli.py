@@ -14,11 +14,11 @@ from .power import Power, PowerPoint
 from .progress import Progress, Silent, duration
 from .race import Race, Settings
 from .report.command import add_commands as add_reporting
-from .result import Result, results
+from .result import Result, counted, results
 from .statistics import blocks_to_detect
 from .store import Run
 from .terms import add_options, terms
-from .verdict import ExitCode, Policy, Sequential, TwoStage, Verdict, exit_code
+from .verdict import JUDGED, ExitCode, Policy, Sequential, TwoStage, exit_code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -80,8 +80,7 @@ def _measured(options, gate: bool) -> int:
 
 def _has_figures(found: Result, settings: Settings) -> bool:
     """It was judged, or would have been on a machine class with floors."""
-    judged = found.verdict in (Verdict.PASS, Verdict.FAIL, Verdict.INCONCLUSIVE)
-    return judged or bool(settings.unjudged and found.reason == settings.unjudged)
+    return found.verdict in JUDGED or bool(settings.unjudged and found.reason == settings.unjudged)
 
 
 def _plan(options) -> int:
@@ -131,7 +130,7 @@ def _regate(options) -> int:
     print(table.text(found, memory=options.memory))
     if options.json:
         _write_json(options.json, {r.id: r.as_dict() for r in found})
-    code = exit_code((r.verdict for r in found), options.strict, options.allow_not_evaluated)
+    code = exit_code((r.verdict for r in counted(found)), options.strict, options.allow_not_evaluated)
     print(f"{table.tally(found)}   exit {int(code)}")
     return code
 

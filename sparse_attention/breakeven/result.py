@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import statistics as _stdlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from .statistics import Interval, block_log_speedup, detectable_slowdown
 from .store import Record, Run
-from .verdict import Judgement, Policy, Verdict, conclude, judge
+from .verdict import JUDGED, Judgement, Policy, Verdict, conclude, judge
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Result:
     baseline_peak_bytes: int | None = None
     baselines: Mapping[str, float] | None = None  # rough seconds of every one that runs here; the first is the default
     figures: Mapping[str, float] | None = None  # further ones of the clock, in seconds: medians over blocks
+    not_in_base: bool = False  # raced against another revision, which does not have the case
 
     @property
     def default_baseline(self) -> str | None:
@@ -99,7 +100,8 @@ def result(record: Record, policy: Policy) -> Result:
     if record.error is not None or status == "wrong":
         return Result(case.id, Verdict.WRONG, case.floor, record.error or record.scout["reason"])
     if status != "ok":
-        return Result(case.id, Verdict.NOT_EVALUATED, case.floor, record.scout.get("reason", "never started"))
+        reason = record.scout.get("reason", "never started")
+        return Result(case.id, Verdict.NOT_EVALUATED, case.floor, reason, not_in_base=status == "not in base")
     judged = conclude(block_logs(record), case.floor, policy)
     valid = [b for b in record.blocks if b.valid]
     verdict, reason, disturbed = judged.verdict, judged.reason, len(record.blocks) - len(valid)
@@ -131,8 +133,14 @@ def results(run: Run, policy: Policy) -> list[Result]:
     """Every case's verdict; where the run may not be judged, its figures without one."""
     found = [result(record, policy) for record in run.records.values()]
     reason = run.settings.get("unjudged")
-    measured = (Verdict.PASS, Verdict.FAIL, Verdict.INCONCLUSIVE)
-    return [replace(r, verdict=Verdict.NOT_EVALUATED, reason=reason) if reason and r.verdict in measured else r for r in found]
+    return [replace(r, verdict=Verdict.NOT_EVALUATED, reason=reason) if reason and r.verdict in JUDGED else r for r in found]
+
+
+def counted(results: Iterable[Result]) -> list[Result]:
+    """Those that an exit code depends on: cases that are new since the base revision do not count beside others that were judged."""
+    results = list(results)
+    judged = any(r.verdict in JUDGED for r in results)
+    return [r for r in results if not (judged and r.not_in_base)]
 
 
 def clean_share(run: Run) -> float | None:

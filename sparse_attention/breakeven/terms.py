@@ -12,7 +12,7 @@ from . import attribution, ratchet, regression
 from .case import Case, NothingToCheck, load_table
 from .machine import machine_class
 from .regression import Base
-from .result import Result
+from .result import Result, counted
 from .store import Run
 from .table import LABELS
 from .thresholds import NAME, Thresholds, beside, key
@@ -53,12 +53,12 @@ class Terms:
 
     def exit_code(self, results: Iterable[Result], strict: bool, allow_not_evaluated: bool) -> ExitCode:
         """As `verdict.exit_code`; what an unknown machine class holds back counts as nothing only where that is allowed."""
-        results = list(results)
+        results = counted(results)
         passed_over = self.allow_unjudged and self.unjudged
-        counted = [r for r in results if not (passed_over and r.reason == self.unjudged)]
-        if results and not counted:
+        left = [r for r in results if not (passed_over and r.reason == self.unjudged)]
+        if results and not left:
             return ExitCode.OK
-        return exit_code((r.verdict for r in counted), strict, allow_not_evaluated)
+        return exit_code((r.verdict for r in left), strict, allow_not_evaluated)
 
 
 def terms(options: Any, cases: Iterable[Case], threads: int, device: str, table: str = "", prefix: str = "") -> Terms:

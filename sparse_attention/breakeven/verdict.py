@@ -22,6 +22,9 @@ class Verdict(str, enum.Enum):
     SUSPICIOUS = "SUSPICIOUS"  # what was timed cannot have been its work: it has no time either
 
 
+JUDGED = (Verdict.PASS, Verdict.FAIL, Verdict.INCONCLUSIVE)
+
+
 class ExitCode(enum.IntEnum):
     OK = 0
     WRONG = 1

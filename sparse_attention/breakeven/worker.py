@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from .anchor import Anchor, ceilings
-from .case import Case, Unavailable, Workload
+from .case import Case, NotInBase, Unavailable, Workload
 from .checking import Suspicious, WrongOutput, check, check_fresh, recheck, summary
 from .clock import Clock, make
 from .machine import Usage
@@ -53,6 +53,9 @@ def scout(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
             workload = case.load()
             _require_seen(workload, clock)
             check_fresh(workload, seed=job["seed"])
+        except NotInBase as error:
+            found[case.id] = {"status": "not in base", "reason": f"not in the base: {error}"}
+            continue
         except Unavailable as error:
             found[case.id] = {"status": "unavailable", "reason": str(error)}
             continue

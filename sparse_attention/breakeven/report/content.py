@@ -12,7 +12,7 @@ from typing import Any
 from .. import regression, table
 from ..attribution import LEAST, Attribution, attribute, move
 from ..race import Settings
-from ..result import Result, block_logs, results
+from ..result import Result, block_logs, counted, results
 from ..statistics import interval
 from ..store import Run
 from ..verdict import ExitCode, Policy, Sequential, TwoStage, Verdict, exit_code
@@ -137,7 +137,7 @@ def build(run: Run, base: Run | None = None, history: History | None = None, cur
     return Report(
         run,
         found,
-        exit_code((r.verdict for r in found), strict=True),
+        exit_code((r.verdict for r in counted(found)), strict=True),
         sentence(found, run.settings),
         changed,
         [r for r in rows if not r.changed],
