@@ -115,6 +115,68 @@ def test_a_base_that_cannot_serve_is_not_evaluated(repository, capsys, base, rea
         assert f"with {packages} of the base: {reason}" in said
 
 
+OUTSIDE = """
+def moved(where):
+    import numpy as np
+    from sparse_attention.breakeven import Workload
+    if where == "package":
+        from toykernels.kernels import double
+    elif where == "table":
+        def double(x):
+            return 2.0 * x
+    elif where == "elsewhere":
+        from elsewhere import double
+    else:
+        import importlib
+        import toykernels.tables
+        double = importlib.import_module("elsewhere").double
+    x = np.arange(8.0)
+    return Workload(lambda: double(x), {"plain": lambda: 2.0 * x}, inputs=[x])
+CASES += [Case(where, "bench:moved", {"where": where}) for where in ("package", "table", "elsewhere", "partly")]
+"""
+
+
+@pytest.fixture
+def outside(repository):
+    """With kernels that no `--package` names."""
+    for name, text in (("bench.py", BENCH + OUTSIDE), ("elsewhere.py", "def double(x):\n    return 2.0 * x\n")):
+        (repository / name).write_text(text)
+    git(repository, "add", ".")
+    git(repository, "commit", "-m", "outside")
+    git(repository, "tag", "outside")
+    yield repository
+    sys.modules.pop("elsewhere", None)
+
+
+@pytest.mark.parametrize("case", ["elsewhere", "partly"])
+def test_a_kernel_outside_the_package_is_not_compared_with_itself(outside, capsys, case):
+    assert main([*GATE, "--base", "outside", "--cases", case]) == 1
+    said = capsys.readouterr().out
+    assert "elsewhere is this revision's on both sides, as it is not in --package" in said
+
+
+def test_kernels_that_are_the_base_s_are_told_apart(outside):
+    commit = revision.resolve("outside", outside)
+    folder = str(revision.checkout(commit, outside))
+    for where in ("elsewhere", "package", "partly", "table", "package"):
+        arguments = ("bench:moved", {"where": where}, commit, folder, ("toykernels",))
+        if where in ("elsewhere", "partly"):
+            with pytest.raises(revision.ComparedWithItself):
+                regression.pair(*arguments)
+        else:
+            regression.pair(*arguments)
+    with pytest.raises(revision.ComparedWithItself, match="the kernel is not in --package"):
+        others = revision.load(folder, ["toykernels"], ["bench"], label="unused")
+        with others.imports.watched():
+            others.module("bench").moved("table")
+        others.require_used(["toykernels"], "bench", outside)
+
+
+def test_a_case_that_only_this_revision_has_says_so(outside, capsys):
+    assert main([*GATE, "--base", "without", "--cases", "package"]) == 12
+    assert regression.NOT_IN_THE_BASE in capsys.readouterr().out
+
+
 def test_a_base_older_than_the_builder_is_built_by_its_own(repository, capsys):
     (repository / "toykernels/kernels.py").write_text(KERNELS.format(seconds=1.2e-3).replace("def double", "def renamed"))
     (repository / "bench.py").write_text(BENCH.replace("kernels.double", "kernels.renamed"))
@@ -133,7 +195,8 @@ def test_a_base_that_cannot_be_had_is_usage(repository, capsys, arguments, said)
 def test_a_base_without_the_package_is_not_evaluated(repository, capsys):
     command = [argument for argument in GATE if argument not in ("--package", "toykernels")]
     assert main([*command, "--base", "first"]) == 12
-    assert "no package 'sparse_attention'" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "no package 'sparse_attention'" in said and "--package" in said
 
 
 def test_a_repository_is_needed(tmp_path, monkeypatch, capsys):

@@ -2,6 +2,10 @@
 
 Both are built by the same builder over the same inputs. Two builds of one kernel feel memory, cores and minutes alike, so this
 pair is much sharper than sparse against dense; and nothing but the revision differs between its sides.
+
+From the base come the packages that are named, and nothing else: the harness and the builders of workloads are this revision's on
+both sides on purpose, so that the work is the same. Should the builder bring anything else of this repository along, a kernel
+might be compared with itself, and the case is refused.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from .verdict import Verdict
 
 FLOOR = 0.97  # code that does the same moves by a percent or two when its place in memory changes
 LABELS = ("base", "head")
+NOT_IN_THE_BASE = "not in the base"  # how the reason begins of a case that only this revision has
 CHANGED_ALPHA = 0.005  # error probability of each side of what is called slower or faster
 
 
@@ -106,22 +111,31 @@ def _base_workload(
 ) -> Workload:
     """From this revision's builder over the base's packages; should those lack what it wants, from the base's own builder.
 
-    Raises Unavailable when neither gives a candidate whose output is right.
+    Raises Unavailable when neither gives a candidate whose output is right, and ComparedWithItself when the kernel would not be
+    the base's.
     """
     top = build.split(":")[0].partition(".")[0]
-    failures = []
+    failures, errors = [], []
+    repository = revision.repository_of(top)
     for label, taken in (("base", packages), ("base_own", (*packages, top))):
         try:
             others = _load(folder, taken, top, label)
             module, function = build.split(":")
-            found = getattr(others.module(module), function)(**args)
-            _share_inputs(found.inputs, head.inputs)
-            _check(found, head)
+            with others.imports.watched():
+                found = getattr(others.module(module), function)(**args)
+                _share_inputs(found.inputs, head.inputs)
+                _check(found, head)
+            others.require_used(taken, module, repository)
             others.require_apart()
             return found
         except Exception as error:
+            errors.append(error)
             failures.append(f"{', '.join(sorted({*taken}))} of the base: {checking.summary(error)}")
-    raise Unavailable(f"{what} cannot run it; with " + "; with ".join(failures))
+    if any(isinstance(error, revision.ComparedWithItself) for error in errors):
+        raise revision.ComparedWithItself(f"{what}: " + "; with ".join(failures))
+    lacking = (ImportError, AttributeError, revision.NotThere)
+    reason = NOT_IN_THE_BASE if all(isinstance(error, lacking) for error in errors) else "cannot run it"
+    raise Unavailable(f"{reason}: {what}, with " + "; with ".join(failures))
 
 
 @cache

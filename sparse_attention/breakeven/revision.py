@@ -10,6 +10,8 @@ pybind11); operators registered from C++ cannot be loaded twice.
 from __future__ import annotations
 
 import ast
+import builtins
+import contextlib
 import hashlib
 import importlib
 import importlib.abc
@@ -21,7 +23,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 
@@ -32,6 +34,14 @@ _MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
 class RevisionError(ValueError):
     """The other revision cannot be found, unpacked or kept apart from this one."""
+
+
+class NotThere(RevisionError):
+    """The other revision has no such package."""
+
+
+class ComparedWithItself(RevisionError):
+    """What was to run in the other revision runs in this one."""
 
 
 def resolve(revision: str, repository: str | os.PathLike) -> str:
@@ -108,6 +118,7 @@ class Renamed(importlib.abc.MetaPathFinder):
     def __init__(self, folder: Path, names: Mapping[str, str], places: Mapping[str, str]):
         self.folder, self._names, self._places = folder, dict(names), dict(places)
         self._originals = {alias: name for name, alias in names.items()}
+        self.imports = Imports(self._originals)
 
     def name(self, original: str) -> str:
         """The name under which the module `original` of the other revision is imported."""
@@ -134,6 +145,19 @@ class Renamed(importlib.abc.MetaPathFinder):
             spec.loader = _Renaming(fullname, spec.origin, self._names)
         return spec
 
+    def require_used(self, packages: Iterable[str], builder: str, repository: Path | None) -> None:
+        """ComparedWithItself unless what ran since `imports.watched()` used one of the `packages` of the other revision, and
+        none of this one's modules in `repository` but the harness.
+        """
+        reached = self.imports.reached(self.name(builder))
+        wanted = {self._names[name] for name in packages}
+        advice = "name the package that holds the kernel with --package"
+        ours = sorted(name for name in reached if name.partition(".")[0] not in self._originals and _lies_in(repository, name))
+        if ours:
+            raise ComparedWithItself(f"{ours[0]} is this revision's on both sides, as it is not in --package: {advice}")
+        if not any(name.partition(".")[0] in wanted for name in reached):
+            raise ComparedWithItself(f"the kernel is not in --package, so it would be compared with itself: {advice}")
+
     def require_apart(self) -> None:
         """RevisionError when a module of the other revision holds something of this one's."""
         for name, module in list(sys.modules.items()):
@@ -145,6 +169,53 @@ class Renamed(importlib.abc.MetaPathFinder):
                     raise RevisionError(
                         f"{name}.{attribute} of the other revision is {home}'s of this one: they would be compared with themselves"
                     )
+
+
+class Imports:
+    """What the other revision's modules import, seen while `watched()`.
+
+    Imports at the top of a module happen once and hold for all that reach the module; those in functions for this time only.
+    """
+
+    def __init__(self, aliases: Iterable[str]):
+        self._aliases = frozenset(aliases)
+        self._top: dict[str, set[str]] = {}  # module -> modules
+        self._now: set[str] = set()
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        plain, dynamic, self._now = builtins.__import__, importlib.import_module, set()
+
+        def watching(name, globals=None, locals=None, fromlist=(), level=0):
+            found = plain(name, globals, locals, fromlist, level)
+            importer = (globals or {}).get("__name__", "")
+            if importer.partition(".")[0] in self._aliases:
+                full = importlib.util.resolve_name("." * level + name, globals.get("__package__")) if level else name
+                seen = self._top.setdefault(importer, set()) if globals is locals else self._now
+                seen.update([full, *(f"{full}.{item}" for item in fromlist or () if f"{full}.{item}" in sys.modules)])
+            return found
+
+        def watching_dynamic(name, package=None):
+            found = dynamic(name, package)
+            if sys._getframe(1).f_globals.get("__name__", "").partition(".")[0] in self._aliases:
+                self._now.add(found.__name__)
+            return found
+
+        builtins.__import__, importlib.import_module = watching, watching_dynamic
+        try:
+            yield
+        finally:
+            builtins.__import__, importlib.import_module = plain, dynamic
+
+    def reached(self, start: str) -> set[str]:
+        """Modules that `start`, and what was called meanwhile, imported directly or through modules of the other revision."""
+        found, pending = set(), [start, *self._now]
+        while pending:
+            name = pending.pop()
+            if name not in found:
+                found.add(name)
+                pending += self._top.get(name, ())
+        return found
 
 
 def renamed(module: str, names: Iterable[str]) -> bool:
@@ -210,6 +281,26 @@ class _Imports(ast.NodeTransformer):
         return self._names[top] + dot + rest
 
 
+def _lies_in(repository: Path | None, module: str) -> bool:
+    """Whether it was imported from the repository's own files: not the harness, nor what is installed into a folder there."""
+    loaded = sys.modules.get(module)
+    places = [getattr(loaded, "__file__", None) or "", *getattr(loaded, "__path__", [])][:1]
+    if repository is None or not places or not places[0] or _is_harness(module):
+        return False
+    place = Path(places[0]).resolve()
+    return place.is_relative_to(repository) and "site-packages" not in place.parts
+
+
+def repository_of(module: str) -> Path | None:
+    """The folder around this revision's `module` that is a git working tree."""
+    place = Path(_find_here(module)).resolve()
+    return next((folder for folder in (place, *place.parents) if (folder / ".git").exists()), None)
+
+
+def _is_harness(module: str) -> bool:
+    return module == HARNESS or module.startswith(HARNESS + ".") or HARNESS.startswith(module + ".")
+
+
 def _is_loaded(module: str) -> bool:
     return module in sys.modules
 
@@ -218,7 +309,7 @@ def _find_in(folder: Path, package: str) -> str:
     for place in (folder, folder / "src"):
         if (place / package).is_dir() or (place / f"{package}.py").is_file():
             return str(place)
-    raise RevisionError(f"the other revision has no package {package!r}")
+    raise NotThere(f"the other revision has no package {package!r}: name what holds the kernels with --package")
 
 
 def _find_here(module: str) -> str:
