@@ -334,6 +334,19 @@ def test_command_line(tmp_path, folder, capsys):
     assert "window256/4k" in md.read_text() and "<!doctype html>" in html.read_text()
 
 
+def test_a_missing_race_against_the_base_is_nothing_checked(tmp_path, capsys):
+    stored.run(WINNING).save(tmp_path / "run.json")
+    html, md, gone = tmp_path / "report.html", tmp_path / "comment.md", tmp_path / "against.json"
+    command = ["report", str(tmp_path / "run.json"), "--against", str(gone), "--html", str(html), "--md", str(md), "--github"]
+    assert main(command) == 0
+    assert f"NOTHING CHECKED: the race against the base revision left no {gone}" in capsys.readouterr().out
+    text = md.read_text()
+    assert text.startswith(f"{MARK}\n\n### Break-even: ❌ NOTHING CHECKED\n")
+    assert "#### Against the base revision: ❌ NOTHING CHECKED" in text
+    assert "<h2>Against the base revision</h2>" in html.read_text()
+    assert text.count("Measure again") == html.read_text().count("Measure again") == 1
+
+
 @pytest.mark.parametrize(
     "arguments, wrong",
     [

@@ -83,7 +83,7 @@ def _build(options):
         return content.of_study(run, [*own, *curves], history)
     found = content.build(run, Run.load(options.base) if options.base else None, history, curves)
     if options.against and not Path(options.against).exists():
-        found.notes.append("the race against the base revision left no file")
+        found.against = content.missing(run, f"the race against the base revision left no {options.against}")
     elif options.against:
         found.against = content.build(Run.load(options.against))
         if not found.against.revision:

@@ -62,6 +62,11 @@ class Report:
         return (self.run.settings.get("base") or "")[:10]
 
     @property
+    def opponent(self) -> str:
+        """`revision`, for a heading."""
+        return self.revision or "the base revision"
+
+    @property
     def worst(self) -> Report:
         """This or, if its verdict is worse, the one against a revision."""
         return min((self, self.against or self), key=lambda report: _SEVERITY.index(report.code))
@@ -94,7 +99,9 @@ class Report:
 
     @property
     def command(self) -> str:
-        """What measures the changed cases again, or all where none changed."""
+        """What measures the changed cases again, or all where none changed; "" where nothing was measured."""
+        if not self.results:
+            return ""
         if self.is_study:
             return command(self.run, [], "study")
         return command(self.run, [row.result.id for row in self.changed])
@@ -148,6 +155,12 @@ def build(run: Run, base: Run | None = None, history: History | None = None, cur
         [s for s in series(history.runs, run) if len(s.points) > 1] if history.runs else [],
         history,
     )
+
+
+def missing(run: Run, reason: str) -> Report:
+    """In place of a race against the base revision that should be beside `run` but left nothing."""
+    nothing = replace(run, records={}, evidence=[], settings={**run.settings, "unjudged": ""})
+    return Report(nothing, [], ExitCode.NOTHING_CHECKED, reason, [], [])
 
 
 def of_study(run: Run, curves: Sequence[Curve], history: History) -> Report:

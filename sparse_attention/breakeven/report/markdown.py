@@ -16,7 +16,7 @@ def comment(report: Report, link: str = "") -> str:
     worst = report.worst.verdict
     parts = [MARK, f"### Break-even: {_SIGNS[worst]} {worst}", *_gate(report)]
     if report.against:
-        parts += [f"#### Against {report.against.revision}: {_SIGNS[report.against.verdict]} {report.against.verdict}"]
+        parts += [f"#### Against {report.against.opponent}: {_SIGNS[report.against.verdict]} {report.against.verdict}"]
         parts += _gate(report.against)
     steps = [f"- `{s.id}`: {step.words}" for s in report.series for step in s.steps]
     if steps:
@@ -42,7 +42,9 @@ def _gate(report: Report) -> list[str]:
         parts.append("No case changed.")
     if report.unchanged:
         parts.append(_folded(report.rest, _table(report.unchanged, report.labels)))
-    return [*parts, _folded("Measure again", f"```\n{report.command}\n```")]
+    if report.command:
+        parts.append(_folded("Measure again", f"```\n{report.command}\n```"))
+    return parts
 
 
 _SIGNS = {
