@@ -139,7 +139,7 @@ def hanging_later(scouted: str) -> Workload:
 
 
 def newer() -> Workload:
-    raise NotInBase("base abc cannot run it")
+    raise NotInBase("not in the base: base abc")
 
 
 def case(name: str, floor: float = 1.0, limit_s: float | None = None, tags=(), columns=(), **args) -> Case:

@@ -177,6 +177,17 @@ def test_a_case_that_only_this_revision_has_says_so(outside, capsys):
     assert regression.NOT_IN_THE_BASE in capsys.readouterr().out
 
 
+def test_a_case_that_only_this_revision_has_does_not_decide_beside_others(repository, capsys):
+    with open(repository / "toykernels/kernels.py", "a") as f:
+        f.write("\nthrice_not_twice = double\n")
+    with open(repository / "bench.py", "a") as f:
+        f.write("\n".join(["", "def newer():", "    from toykernels.kernels import thrice_not_twice", "    return double()", ""]))
+        f.write('CASES += [Case("newer", "bench:newer")]\n')
+    assert main([*GATE, "--base", "first", "--floor", "0.8"]) == 0
+    assert "newer: NOT EVALUATED: not in the base" in capsys.readouterr().out
+    assert main([*GATE, "--base", "first", "--cases", "newer"]) == 12
+
+
 def test_a_base_older_than_the_builder_is_built_by_its_own(repository, capsys):
     (repository / "toykernels/kernels.py").write_text(KERNELS.format(seconds=1.2e-3).replace("def double", "def renamed"))
     (repository / "bench.py").write_text(BENCH.replace("kernels.double", "kernels.renamed"))

@@ -19,7 +19,7 @@ from functools import cache
 from typing import Any
 
 from . import checking, revision
-from .case import Case, Unavailable, Workload
+from .case import Case, NotInBase, Unavailable, Workload
 from .result import Result
 from .statistics import Interval, t_quantile
 from .verdict import Verdict
@@ -134,8 +134,10 @@ def _base_workload(
     if any(isinstance(error, revision.ComparedWithItself) for error in errors):
         raise revision.ComparedWithItself(f"{what}: " + "; with ".join(failures))
     lacking = (ImportError, AttributeError, revision.NotThere)
-    reason = NOT_IN_THE_BASE if all(isinstance(error, lacking) for error in errors) else "cannot run it"
-    raise Unavailable(f"{reason}: {what}, with " + "; with ".join(failures))
+    with_what = f"{what}, with " + "; with ".join(failures)
+    if all(isinstance(error, lacking) for error in errors):
+        raise NotInBase(f"{NOT_IN_THE_BASE}: {with_what}")
+    raise Unavailable(f"cannot run it: {with_what}")
 
 
 @cache

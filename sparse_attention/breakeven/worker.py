@@ -54,7 +54,7 @@ def scout(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
             _require_seen(workload, clock)
             check_fresh(workload, seed=job["seed"])
         except NotInBase as error:
-            found[case.id] = {"status": "not in base", "reason": f"not in the base: {error}"}
+            found[case.id] = {"status": "not in base", "reason": str(error)}
             continue
         except Unavailable as error:
             found[case.id] = {"status": "unavailable", "reason": str(error)}
