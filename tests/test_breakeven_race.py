@@ -299,7 +299,7 @@ def own_table(tmp_path, monkeypatch):
     "text, code, said",
     [
         ("CASES = []", 13, "no case is in the table 'own_cases'"),
-        ("ROWS = []", 2, "own_cases' cannot be loaded: AttributeError"),
+        ("ROWS = []", 2, "own_cases:CASES' cannot be loaded: AttributeError"),
         ("CASES = [{}['renamed']]", 2, "cannot be loaded: KeyError: 'renamed'"),
         ("CASES = 5", 2, "cannot be loaded: TypeError"),
         ("CASES = ['quick']", 2, "must be a list of Case, got 'own_cases' with 'quick'"),
@@ -311,6 +311,13 @@ def test_a_table_that_cannot_be_used_is_said_in_a_line(own_table, capsys, comman
     assert main([*command.split(), "--table", "own_cases"]) == code
     found = capsys.readouterr()
     assert said in found.err and found.err.count("\n") == 1 and not found.out
+
+
+@pytest.mark.parametrize("command", ["study", "study --dry-run", "proof", "proof --dry-run"])
+def test_a_module_of_a_study_that_cannot_be_used_is_said_in_a_line(own_table, capsys, command):
+    own_table("ROWS = []")
+    assert main([*command.split(), "--table", "own_cases"]) == 2
+    assert "cannot be loaded: AttributeError" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["gate", "gate --dry-run", "run", "plan", "study", "calibrate"])

@@ -487,7 +487,10 @@ def test_command_ratchet_writes_floors_for_each_number_of_threads(tmp_path):
             run.save(tmp_path / f"{threads}t-{number}.json")
     path = tmp_path / "floors.json"
     floors(of={"cpu/zen4/2c": {}}).save(path)
-    assert main(["ratchet", str(tmp_path), *TABLE, "--thresholds", str(path), "--write"]) == 0
+    told = tmp_path / "told" / "proposals.json"
+    told.parent.mkdir()
+    assert main(["ratchet", str(tmp_path), *TABLE, "--thresholds", str(path), "--json", str(told), "--write"]) == 0
+    assert {(p["key"], p["lowers"]) for p in json.loads(told.read_text())} == {("cpu/zen4/2c/1t", False), ("cpu/zen4/2c/2t", False)}
     found = Thresholds.load(path)
     assert list(found.classes) == ["cpu/zen4/2c", "cpu/zen4/2c/1t", "cpu/zen4/2c/2t"]
     assert 2.5 < found.floor("cpu/zen4/2c/1t", case("quick")) < 3.0

@@ -396,10 +396,12 @@ def test_command_calibrate(one_core, folder, monkeypatch, capsys):
     assert f"{WINDOW}, float32, head_dim 64, 1 thread: wins from" in shown and "-> dense" in shown
     rates.table.cache_clear()
     assert rates.table().source == str(path)
-    elsewhere = folder / "shipped.json"
-    assert main(["calibrate", "--quiet", "--out", str(elsewhere)]) == 0
+    elsewhere, told = folder / "shipped.json", folder / "told.json"
+    assert main(["calibrate", "--quiet", "--out", str(elsewhere), "--json", str(told)]) == 0
     assert rates.load(elsewhere, machine_class()).crossings
-    assert sorted(p.name for p in folder.iterdir()) == ["machines", "package", "shipped.json"]
+    assert sorted(p.name for p in folder.iterdir()) == ["machines", "package", "shipped.json", "told.json"]
+    found = json.loads(told.read_text())
+    assert (found["path"], found["before"]) == (str(elsewhere), str(path)) and found["table"] == json.loads(elsewhere.read_text())
 
 
 def test_a_table_that_dispatch_would_refuse_is_not_written(tmp_path):

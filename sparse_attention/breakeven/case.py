@@ -86,17 +86,23 @@ def load_table(name: str) -> list[Case]:
     Raises ValueError where there is none, NothingToCheck where it is empty.
     """
     module, _, attribute = name.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        found = list(getattr(importlib.import_module(module), attribute or "CASES"))
-    except Exception as error:
-        raise ValueError(f"table {name!r} cannot be loaded: {type(error).__name__}: {error}") from error
+    found = load_list(module, attribute or "CASES")
     if not all(isinstance(case, Case) for case in found):
         raise ValueError(f"table must be a list of Case, got {name!r} with {next(c for c in found if not isinstance(c, Case))!r}")
     if not found:
         raise NothingToCheck(f"no case is in the table {name!r}")
     return found
+
+
+def load_list(module: str, attribute: str, folder: str = "") -> list[Any]:
+    """A list of `module`, which may lie in `folder`, the working folder unless given. ValueError where there is none."""
+    folder = folder or os.getcwd()
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    try:
+        return list(getattr(importlib.import_module(module), attribute))
+    except Exception as error:
+        raise ValueError(f"table '{module}:{attribute}' cannot be loaded: {type(error).__name__}: {error}") from error
 
 
 def select(cases: Iterable[Case], patterns: Iterable[str] = (), sizes: str = "default") -> list[Case]:

@@ -12,12 +12,10 @@ A run becomes MACHINE/COMMIT-ENVIRONMENT.json below asv's results_dir, where
 from __future__ import annotations
 
 import ast
-import importlib
 import json
 import math
 import os
 import re
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from .asv_project import Project
-from .case import Case, NothingToCheck
+from .case import Case, NothingToCheck, load_list
 from .crossing import Family
 from .store import Run
 from .tracked import THREADS, Figure, Tracked, for_asv, of_cases, of_study
@@ -251,5 +249,4 @@ def _require_one_each(found: Iterable[Ingested]) -> None:
 
 def _table(name: str, root: Path) -> Sequence[Any]:
     module, _, attribute = name.partition(":")
-    sys.path.insert(0, str(root))
-    return getattr(importlib.import_module(module), attribute)
+    return load_list(module, attribute, str(root))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .case import load_list
 from .controls import Control, Outcome, run_controls
 from .machine import describe
 from .progress import Progress, Silent, duration
@@ -41,10 +40,8 @@ def add_command(command: Callable[..., Any], seconds: Callable[[str], float], po
 
 
 def _proof(options) -> int:
-    sys.path.insert(0, os.getcwd())
-    table = importlib.import_module(options.table)
-    injected: Sequence[Injected] = table.INJECTED
-    controls: Sequence[Control] = table.CONTROLS
+    injected: Sequence[Injected] = load_list(options.table, "INJECTED")
+    controls: Sequence[Control] = load_list(options.table, "CONTROLS")
     if options.dry_run:
         return _say(options, injected, controls)
     progress = Silent() if options.quiet else Progress()

@@ -52,6 +52,9 @@ def _ratchet(options, cases_of) -> int:
     if not runs:
         raise NothingToCheck(f"no stored run in {', '.join(options.runs)}")
     proposals = propose(runs, thresholds, cases, options.margin, options.least_runs)
+    if options.json:
+        told = [{**vars(found), "lowers": found.lowers} for found in proposals]
+        Path(options.json).write_text(json.dumps(told, indent=1))
     lower = [found for found in proposals if found.lowers]
     for found in lower if not options.allow_lower else []:
         print(f"not lowered: {found} (--allow-lower --reason TEXT lowers it)")

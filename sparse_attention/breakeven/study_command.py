@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import sys
@@ -10,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from . import machine, study_table
-from .case import select
+from .case import load_list, select
 from .crossing import Family
 from .progress import Progress, Silent, duration
 from .race import Settings
@@ -36,6 +35,7 @@ def add_commands(command: Callable, seconds: Callable, positive: Callable, fract
     calibrate = command("calibrate", _calibrate, [], "measure this machine for attention(impl='auto'): rates and break-even lengths")
     calibrate.add_argument("--budget", type=seconds, default=120.0, metavar="TIME", help="such as 60s or 5m")
     calibrate.add_argument("--out", metavar="FILE", help="write here instead of to the user's cache folder")
+    calibrate.add_argument("--json", metavar="FILE", help="write here what was measured, where it went and what dispatch changes")
     calibrate.add_argument("--device", default="cpu", help="cpu, or the module:Class of a clock")
     calibrate.add_argument("--dry-run", action="store_true", help="say what would be measured, and where it would go")
     calibrate.add_argument("--quiet", action="store_true", help="no progress")
@@ -79,9 +79,8 @@ def _study(options) -> int:
 
 def _declared(options) -> tuple[list[Family], list[Published]]:
     """The families and published rows that the options select; NothingToCheck for a pattern that matches nothing."""
-    sys.path.insert(0, os.getcwd())
-    module = importlib.import_module(options.table)
-    chosen = select([*module.FAMILIES, *getattr(module, "PUBLISHED", ())], options.cases, options.sizes)
+    families = load_list(options.table, "FAMILIES")
+    chosen = select([*families, *getattr(sys.modules[options.table], "PUBLISHED", ())], options.cases, options.sizes)
     return [one for one in chosen if isinstance(one, Family)], [one for one in chosen if isinstance(one, Published)]
 
 
@@ -113,6 +112,9 @@ def _calibrate(options) -> int:
     print(f"\nwritten to {path}; before, dispatch read: {before.source}")
     changed = calibration.changes(before, after)
     print("\n".join(changed) if changed else "dispatch chooses as before at the sizes that were measured")
+    if options.json:
+        told = {"path": str(path), "table": data, "before": before.source, "changes": changed}
+        Path(options.json).write_text(json.dumps(told, indent=1))
     return ExitCode.OK
 
 
