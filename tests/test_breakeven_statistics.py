@@ -128,8 +128,8 @@ def test_sequential_looks_at_5_10_and_20():
         (blocks(0.5, 8), TwoStage(), Verdict.FAIL, "on 3 of 10 fresh blocks"),
         (blocks(0.9, 5) + blocks(1.0, 5, sd=0.1), TwoStage(), Verdict.NOT_EVALUATED, "5 blocks short of the second"),
         (blocks(0.9, 5) + blocks(2.0, 5), TwoStage(), Verdict.PASS, "on 5 of 10 fresh blocks"),
-        (blocks(1.0, 5, sd=0.1), TwoStage(), Verdict.INCONCLUSIVE, "out of time, 10 blocks short of a further look"),
-        (blocks(1.0, 5, sd=0.1), Sequential(), Verdict.INCONCLUSIVE, "5 blocks short of a further look"),
+        (blocks(1.0, 5, sd=0.1), TwoStage(), Verdict.INCONCLUSIVE, "out of time, 10 blocks short of a second look"),
+        (blocks(1.0, 5, sd=0.1), Sequential(), Verdict.INCONCLUSIVE, "5 blocks short of a second look"),
     ],
 )
 def test_what_runs_out_of_time_is_no_excuse(logs, policy, verdict, reason):

@@ -166,7 +166,7 @@ def conclude(logs: Sequence[float], floor: float, policy: Policy) -> Judgement:
     if judged.suspect:
         unconfirmed = f"below the floor at its first look, and {short}the second"
         return policy.cut_short(logs, floor) or replace(judged, verdict=Verdict.NOT_EVALUATED, reason=unconfirmed)
-    return replace(judged, reason=short + "a further look")
+    return replace(judged, reason=short + "a second look")
 
 
 def _too_few(logs: Sequence[float], alpha: float, more: int) -> Judgement:
