@@ -13,7 +13,8 @@ ROWS = 12
 
 
 class Oracle:
-    """Checks outputs of attention over these tensors as they are now. Rows are drawn anew for every check and process.
+    """Checks outputs of attention over these tensors as they are now. Rows are drawn anew for every check and process, and
+    computed on the CPU, wherever the tensors are.
 
     A row is right when its error is at most twice PyTorch's own in the same dtype (the largest of the drawn rows').
     """
@@ -31,7 +32,7 @@ class Oracle:
         rows = self._rows()
         seen = self.seen(rows)
         exact, plain = (_Rows(self, rows, seen, dtype).out for dtype in (torch.float64, self.q.dtype))
-        _compare("row", rows, out[:, :, rows], exact, plain)
+        _compare("row", rows, out[:, :, rows.to(out.device)], exact, plain)
 
     def check_gradients(self, gradients: tuple[torch.Tensor, ...], dout: torch.Tensor) -> None:
         """AssertionError unless (dq, dk, dv) are the gradients for `dout`; dk and dv for two neighbouring keys.
@@ -43,7 +44,7 @@ class Oracle:
         rows = self._rows()
         seen = self.seen(rows)
         exact, plain = (_Rows(self, rows, seen, dtype).dq(dout) for dtype in (torch.float64, self.q.dtype))
-        _compare("dq row", rows, gradients[0][:, :, rows], exact, plain)
+        _compare("dq row", rows, gradients[0][:, :, rows.to(gradients[0].device)], exact, plain)
         key = int(self._random.integers(self.lengths.kv_len - 1))
         keys = torch.tensor([key, key + 1])
         i = torch.arange(self.lengths.q_len)[:, None] + self.lengths.offset
@@ -52,7 +53,7 @@ class Oracle:
         seen = self.seen(rows)
         exact, plain = (_Rows(self, rows, seen, dtype).dk_dv(dout, keys) for dtype in (torch.float64, self.q.dtype))
         for name, got, right, usual in zip(("dk", "dv"), gradients[1:], exact, plain):
-            _compare(f"{name} row", keys, got[:, :, keys], right, usual)
+            _compare(f"{name} row", keys, got[:, :, keys.to(got.device)], right, usual)
 
     def seen(self, rows: torch.Tensor) -> torch.Tensor:
         """How often each row sees each key, [heads, rows, kv_len]."""
@@ -113,11 +114,11 @@ class _Rows:
         return self.p * (dout @ self.v.transpose(-1, -2) - (dout * self.out).sum(-1, keepdim=True)) * self.scale
 
     def _cast(self, x, positions):
-        return x.detach()[:, :, positions].to(self.dtype)
+        return x.detach()[:, :, positions.to(x.device)].cpu().to(self.dtype)
 
 
 def _compare(what, positions, got, exact, plain):
-    error = (got.double() - exact).abs().amax((0, 1, 3))
+    error = (got.cpu().double() - exact).abs().amax((0, 1, 3))
     usual = (plain.double() - exact).abs().max()
     allowed = 2 * usual + torch.finfo(got.dtype).eps * exact.abs().max()
     worst = int(error.argmax())

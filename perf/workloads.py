@@ -10,17 +10,40 @@ from perf.oracle import LongNetOracle, Oracle
 from sparse_attention import attention, baselines, dispatch, layout, longnet
 from sparse_attention._build import BuildError, kernels
 from sparse_attention.breakeven import Unavailable, Workload
+from sparse_attention.breakeven.device import current_device
 from sparse_attention.breakeven.memory import peak_bytes
 from sparse_attention.cost import cost
 from sparse_attention.patterns import Causal, Pattern, Predicate, parse
 
 
+def tensors(
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    q_len: int,
+    kv_len: int,
+    head_dim: int,
+    dtype: str,
+    gpu_dtype: str | None = None,
+    device: str | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """q, k, v and one more of q's shape, normal, the same for every case of this shape, on the device whose clock runs here.
+
+    On a GPU they are of `gpu_dtype` where the case names one.
+    """
+    device = device or current_device()
+    return _tensors(batch, heads, kv_heads, q_len, kv_len, head_dim, _dtype(dtype, gpu_dtype, device), device)
+
+
+def _dtype(dtype: str, gpu_dtype: str | None, device: str) -> torch.dtype:
+    return getattr(torch, gpu_dtype if gpu_dtype and device != "cpu" else dtype)
+
+
 @functools.cache
-def tensors(batch: int, heads: int, kv_heads: int, q_len: int, kv_len: int, head_dim: int, dtype: str):
-    """q, k, v and one more of q's shape, normal, the same for every case of this shape."""
+def _tensors(batch: int, heads: int, kv_heads: int, q_len: int, kv_len: int, head_dim: int, dtype: torch.dtype, device: str):
     generator = torch.Generator().manual_seed(0)
     shapes = [(batch, heads, q_len, head_dim)] + 2 * [(batch, kv_heads, kv_len, head_dim)] + [(batch, heads, q_len, head_dim)]
-    return tuple(torch.randn(shape, generator=generator).to(getattr(torch, dtype)) for shape in shapes)
+    return tuple(torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
 
 
 def forward(pattern: str, causal: bool, impl: str = "tile", **shape) -> Workload:
@@ -178,9 +201,9 @@ def _rivals(q, k, v, causal: bool):
     return {name: _no_grad(call) for name, call in baselines.dense(q, k, v, causal=causal).items()}
 
 
-def _work(pattern: Pattern, flops: float = 1, bytes: float = 1, *, dtype: str, **sizes) -> dict[str, float]:
+def _work(pattern: Pattern, flops: float = 1, bytes: float = 1, *, dtype: str, gpu_dtype: str | None = None, **sizes) -> dict[str, float]:
     """Useful work of a call; `flops` and `bytes` are those of the direction over those of the forward."""
-    itemsize = getattr(torch, dtype).itemsize
+    itemsize = _dtype(dtype, gpu_dtype, current_device()).itemsize
     found = cost(pattern, itemsize=itemsize, **sizes)
     if sizes["q_len"] < sizes["kv_len"]:  # some keys may be seen by nobody: count as many as a query sees at least
         seen = found.pairs / (sizes["batch"] * sizes["heads"] * sizes["q_len"])

@@ -57,13 +57,13 @@ class Comparisons:
         self._keys.setdefault(node, set()).add(key)
         self._judged.add(key)
         record.case = case
-        if not record.blocks and record.error is None and self._left_s > 0:
+        if not record.blocks and not _set_aside(record) and self._left_s > 0:
             self._block([node])
-            if not record.blocks and record.error is None:
+            if not record.blocks and not _set_aside(record):
                 record.error = f"run again in a fresh process, the test did not reach breakeven(): {self._said}"
         record.scout = record.scout or {"status": "ok", "baselines": {"baseline": 0.0}}
         spare = self._policy.blocks if any(b.valid for b in record.blocks) else 0  # in place of disturbed ones
-        while record.error is None and judge_record(record, self._policy).more and spare and self._left_s > 0:
+        while not _set_aside(record) and judge_record(record, self._policy).more and spare and self._left_s > 0:
             before = sum(b.valid for b in record.blocks)
             progress.status(f"block {len(record.blocks) + 1} of {key}")
             self._block([node])
@@ -99,7 +99,7 @@ class Comparisons:
 
     def _broken(self, node: str) -> bool:
         keys = self._keys.get(node, ())
-        return bool(keys) and all(self._records[key].error is not None for key in keys)
+        return bool(keys) and all(_set_aside(self._records[key]) for key in keys)
 
     def _block(self, nodes: Sequence[str]) -> None:
         number, start_s = len(self._evidence), time.perf_counter()
@@ -154,8 +154,8 @@ class Comparisons:
         self._keys.setdefault(entry["node"], set()).add(entry["key"])
         record = self._record(entry["key"])
         if "error" in entry:
-            record.error = entry["error"]
-            record.scout = {"status": "suspicious", "reason": entry["error"]} if entry["suspicious"] else {}
+            record.error = entry["error"] if entry["status"] == "wrong" else None
+            record.scout = {"status": entry["status"], "reason": entry["error"]}
             return
         seconds = entry["seconds"]
         record.scout = record.scout or {
@@ -181,3 +181,8 @@ class Comparisons:
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
             environment[name] = str(self._settings.threads)
         return environment
+
+
+def _set_aside(record: Record) -> bool:
+    """It is wrong, or cannot be measured here."""
+    return record.error is not None or record.scout.get("status", "ok") != "ok"

@@ -11,7 +11,8 @@ from typing import Any
 from . import checking, machine, sampling, suspicion
 from . import clock as clocks
 from .anchor import Anchor
-from .case import Workload
+from .case import Unavailable, Workload
+from .device import require_on_device, use_clock
 
 
 class BlockWriter:
@@ -28,6 +29,7 @@ class BlockWriter:
         self._clock: clocks.Clock | None = None
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, machine.pinned(threads))
+        use_clock(device)
         self._write(options=dict(options))
 
     def start(self, node: str) -> None:
@@ -39,8 +41,11 @@ class BlockWriter:
     def block(self, key: str, node: str, workload: Workload) -> None:
         try:
             found = self._measure(workload)
+        except Unavailable as error:
+            found = {"error": str(error), "status": "unavailable"}
         except Exception as error:
-            found = {"error": checking.summary(error), "suspicious": isinstance(error, checking.Suspicious)}
+            suspicious = isinstance(error, checking.Suspicious)
+            found = {"error": checking.summary(error), "status": "suspicious" if suspicious else "wrong"}
         self._write(key=key, node=node, **found)
 
     def finish(self) -> None:
@@ -67,6 +72,7 @@ class BlockWriter:
             self._anchor = Anchor(self._device, self._clock)
             self._anchor.visit()
         clock = self._clock
+        require_on_device(workload, self._device)
         _require_seen(workload, clock)
         checking.check_fresh(workload, seed=self._number)
         members = {"": workload.baselines["baseline"], "candidate": workload.candidate}

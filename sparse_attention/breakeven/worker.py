@@ -15,6 +15,7 @@ from .anchor import Anchor, ceilings
 from .case import Case, NotInBase, Unavailable, Workload
 from .checking import Suspicious, WrongOutput, check, check_fresh, recheck, summary
 from .clock import Clock, make
+from .device import require_on_device, use_clock
 from .machine import Usage
 from .memory import peak_bytes
 from .peaks import Peak
@@ -37,6 +38,7 @@ def main(job: dict[str, Any]) -> None:
 
     if job["cores"] and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, job["cores"])
+    use_clock(job["device"])
     emit(result=_KINDS[job["kind"]](job, emit))
 
 
@@ -51,6 +53,7 @@ def scout(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
         start = time.perf_counter()
         try:
             workload = case.load()
+            require_on_device(workload, job["device"])
             _require_seen(workload, clock)
             check_fresh(workload, seed=job["seed"])
         except NotInBase as error:
