@@ -341,7 +341,7 @@ def test_a_stored_comparison_can_be_judged_again(session, pytester, capsys):
     assert main(["regate", path]) == 12
     assert "PASS" in capsys.readouterr().out
     assert main(["regate", path, "--cases", "*pair"]) == 0
-    assert main(["plan", "--run", path]) == 0
+    assert main(["plan", "--run", path]) == 12
     assert main(["report", path, "--html", str(pytester.path / "run.html")]) in (0, 12)
 
 
@@ -368,3 +368,31 @@ def test_the_fixture_s_floor_can_be_a_machine_s(session, pytester):
     assert found.ret == 12
     found.stdout.fnmatch_lines(["*reported, not judged*"])
     assert session(source, "--breakeven-thresholds=floors.json", "--breakeven-allow-unknown-class", benchmark=False).ret == 0
+
+
+def test_what_cannot_be_measured_here_is_12(session, pytester):
+    pytester.makeconftest(
+        "from sparse_attention.breakeven import Unavailable, fresh\n"
+        "def away(workload, device):\n    raise Unavailable('nothing is on the GPU')\n"
+        "fresh.require_on_device = away\n"
+    )
+    found = session(PAIR.format(slow=3e-3, fault="", floor=1.0), benchmark=False)
+    assert found.ret == 12
+    found.stdout.fnmatch_lines(["*NOT EVALUATED: nothing is on the GPU"])
+
+
+@pytest.mark.parametrize("source", [table("case('quick')"), PAIR.format(slow=3e-3, fault="", floor=1.0)])
+@pytest.mark.parametrize("device", ["abacus", "no_such_module:Clock", "cuda", "cuda-graph"])
+def test_a_device_that_cannot_be_used_is_a_usage_error_in_a_line(session, source, device, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    found = session(source, f"--breakeven-device={device}")
+    assert found.ret == 4
+    (line,) = [line for line in found.stderr.lines if line]
+    assert line.startswith("ERROR: --breakeven-device: ")
+
+
+def test_blocking_launches_are_a_usage_error(session, monkeypatch):
+    monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "1")
+    found = session(PAIR.format(slow=3e-3, fault="", floor=1.0))
+    assert found.ret == 4
+    found.stderr.fnmatch_lines(["ERROR: CUDA_LAUNCH_BLOCKING=1 times every launch*"])

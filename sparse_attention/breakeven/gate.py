@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import pytest
 
+from . import clock as clocks
 from . import machine, table
 from .case import Case, Workload
 from .compare import Comparisons
@@ -248,8 +249,14 @@ class Gate:
             if getattr(option, name, False):
                 flag = "--" + name.replace("_", "-")
                 raise pytest.UsageError(f"{flag} would judge nothing: leave it out, or deselect the break-even tests")
-        if os.environ.get("CUDA_LAUNCH_BLOCKING") == "1":
-            raise pytest.UsageError("CUDA_LAUNCH_BLOCKING=1 times every launch: unset it for break-even tests")
+        device, blocking = self._settings.device, os.environ.get("CUDA_LAUNCH_BLOCKING", "")
+        if blocking not in ("", "0"):
+            raise pytest.UsageError(f"CUDA_LAUNCH_BLOCKING={blocking} times every launch: unset it for break-even tests")
+        try:
+            clocks.kind(device)
+            machine.machine_class(device)
+        except Exception as error:  # of a clock of one's own too, whatever its module raises
+            raise pytest.UsageError(f"--breakeven-device: {' '.join(str(error).split())}") from error
 
     @contextlib.contextmanager
     def _shown(self):
