@@ -27,8 +27,8 @@ def tree(positions: int, density: float, impl: str, heads: int, head_dim: int, d
     is_eagle = positions == len(EAGLE) and round(density, 3) == 0.136
     q, k, v = _tensors(heads, positions, head_dim, dtype)
     pattern = Tree(EAGLE if is_eagle else chains(positions, density))
-    mask = pattern.mask(positions, positions)
-    additive = torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, -torch.inf)
+    mask = pattern.mask(positions, positions).to(q.device)
+    additive = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, -torch.inf)
     rivals = {f"{name}, mask": call for name, call in baselines.dense(q, k, v, causal=False, mask=mask).items()}
     rivals |= {f"{name}, additive mask": call for name, call in baselines.dense(q, k, v, causal=False, mask=additive).items()}
     return _workload(q, k, v, pattern, impl, rivals)
