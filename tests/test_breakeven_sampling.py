@@ -2,6 +2,7 @@
 
 import gc
 import importlib.util
+import os
 import random
 import sys
 
@@ -173,11 +174,14 @@ def test_usage_counts_what_this_process_did():
 
 def test_without_counters_of_this_process_switches_are_none(monkeypatch):
     monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
-    spec = importlib.util.spec_from_file_location("machine_elsewhere", machine.__file__)
+    spec = importlib.util.spec_from_file_location("sparse_attention.breakeven.machine_elsewhere", machine.__file__)
     elsewhere = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "machine_elsewhere", elsewhere)
+    monkeypatch.setitem(sys.modules, "sparse_attention.breakeven.machine_elsewhere", elsewhere)
     spec.loader.exec_module(elsewhere)
+    for name in ("getloadavg", "sysconf", "sched_getaffinity"):
+        monkeypatch.delattr(os, name)
     assert elsewhere.Usage.now().since(elsewhere.Usage.now()).involuntary == 0
+    assert (elsewhere.describe()["load"], elsewhere.describe()["memory_bytes"]) == (None, None)
 
 
 def test_machine_class_names_processor_and_cores():

@@ -168,14 +168,14 @@ def _cpuinfo() -> dict[str, str]:
 def _memory_bytes() -> int | None:
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError):
+    except (AttributeError, ValueError, OSError):
         return None
 
 
 def _load() -> float | None:
     try:
         return round(os.getloadavg()[0], 2)
-    except OSError:
+    except (AttributeError, OSError):
         return None
 
 
