@@ -135,6 +135,7 @@ def test_a_file_skipped_as_a_whole_is_12_if_its_tests_race(session, pytester):
     found = session(ordinary, "-k", "one")
     assert found.ret == 0
     found.stdout.fnmatch_lines(["test_away.py: the whole file was skipped: *; its tests were not evaluated, if -k or -m selects any"])
+    assert session(ordinary, "--rootdir=..").ret == 12
     pytester.makepyfile(test_away=away + "def test_race():\n    'breakeven'\n")
     assert session(ordinary).ret == 0
 
@@ -157,6 +158,20 @@ def test_xdist_is_refused(session, pytester, source):
     found = session(source)
     assert found.ret == 1
     found.stdout.fnmatch_lines(["*run them without xdist*"])
+
+
+WORKER_AND_CONTROLLER = """
+def pytest_configure(config):
+    config.workerinput = {}
+def pytest_collection_finish(session):
+    session.config.pluginmanager.getplugin("breakeven-gate")._racing.clear()
+"""
+
+
+def test_under_xdist_a_missing_kernel_is_not_0_either(session, pytester):
+    pytester.makeconftest(WORKER_AND_CONTROLLER)
+    assert session(MISSING).ret == 1
+    assert session("import pytest\n@pytest.mark.skipif(True, reason='no kernel')" + MISSING).ret == 12
 
 
 def test_listing_tests_measures_nothing(session):

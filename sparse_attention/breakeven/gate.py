@@ -57,7 +57,6 @@ class Gate:
         """Measure everything selected, once; hand this half's times to pytest-benchmark; judge in the sparse half."""
         if impl not in ("dense", "sparse"):
             raise ValueError(f"impl must be 'dense' or 'sparse', got {impl!r}")
-        self._refuse_company()
         if self._run is None:
             self._measure({**self._cases, case.id: case})
         if case.id not in self._raced:
@@ -78,7 +77,6 @@ class Gate:
         if self._worker:
             self._worker.block(key, request.node.nodeid, workload)
             return Result(key, Verdict.INCONCLUSIVE, floor)
-        self._refuse_company()
         with self._shown() as progress:
             found = self._comparisons.judge(key, request.node.nodeid, case, progress)
         if self._terms.unjudged and found.verdict in (Verdict.PASS, Verdict.FAIL, Verdict.INCONCLUSIVE):
@@ -105,6 +103,8 @@ class Gate:
             case = _case_of(item)
             if set(FIXTURES) & set(getattr(item, "fixturenames", ())):
                 self._racing[item.nodeid] = case and case.id
+                if hasattr(self._config, "workerinput"):
+                    item.user_properties.append(_RACES)  # travels in reports to xdist's controller, which collects nothing
             if case is not None:
                 self._cases[case.id] = case
             elif "breakeven" in getattr(item, "fixturenames", ()):
@@ -125,6 +125,8 @@ class Gate:
             self._worker.end(nodeid)
 
     def pytest_runtest_logreport(self, report):
+        if _RACES in map(tuple, report.user_properties):
+            self._racing.setdefault(report.nodeid, None)
         if report.nodeid in self._racing:
             self._unheard.ran(report)
         if report.failed and report.nodeid not in self._slow_nodes:
@@ -239,7 +241,8 @@ class Gate:
                 pytrace=False,
             )
 
-    def _refuse_company(self) -> None:
+    def refuse_company(self) -> None:
+        """At setup, so that a test that skips itself is refused too."""
         if hasattr(self._config, "workerinput"):  # in a worker of xdist, where a usage error would be an internal one
             pytest.fail("break-even tests time one thing at a time: run them without xdist (-n 0)", pytrace=False)
 
@@ -268,6 +271,9 @@ class Gate:
         with capture.global_and_fixture_disabled() if capture else contextlib.nullcontext():
             sys.stderr.write("\n")
             yield Progress(sys.stderr)
+
+
+_RACES = ("breakeven", "races")
 
 
 def _case_of(item: pytest.Item) -> Case | None:

@@ -55,6 +55,7 @@ def pytest_collection_modifyitems(config, items):
 def breakeven_race(request) -> Callable[..., Result]:
     """`breakeven_race(case, impl)` for a table's rows: all selected cases are raced when the first test asks; the "sparse" half carries the verdict."""
     gate = request.config.stash[_KEY]
+    gate.refuse_company()
 
     def run(case: Case, impl: Literal["dense", "sparse"] = "sparse") -> Result:
         return gate.race(request, case, impl)
@@ -69,6 +70,7 @@ def breakeven(request) -> Callable[..., Result]:
     `inputs` are tensors or arrays that may be changed in place, to find out outputs kept from an earlier call.
     """
     gate = request.config.stash[_KEY]
+    gate.refuse_company()
     calls = 0
 
     def compare(

@@ -22,13 +22,14 @@ class Unheard:
     """
 
     def __init__(self, config: pytest.Config):
+        self._root = config.rootpath
         self._narrowed = bool(config.option.keyword or config.option.markexpr)
         self._reasons: dict[str, str] = {}
         self._last: dict[str, str] = {}
         self.unsure: list[str] = []  # lines about skipped files that may hold nothing selected
 
     def collected(self, report: pytest.CollectReport) -> None:
-        path = Path(report.fspath or "")
+        path = self._root / report.nodeid.partition("::")[0]
         if not report.skipped or path.suffix != ".py" or not _takes_fixture(path):
             return
         reason = f"the whole file was skipped: {_reason(report)}"
