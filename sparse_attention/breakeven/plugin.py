@@ -68,6 +68,8 @@ def breakeven(request) -> Callable[..., Result]:
     """`breakeven(candidate, baseline, at_least=1.0, check=..., inputs=())`: fails below `at_least` times the baseline's
     speed. `check` takes the candidate's output and raises when it is wrong (by default it must equal the baseline's);
     `inputs` are tensors or arrays that may be changed in place, to find out outputs kept from an earlier call.
+    `at_least` holds on every machine, unless --breakeven-thresholds names a file of floors: then one for this test and
+    machine class comes first, and on a class that the file does not know nothing is judged.
     """
     gate = request.config.stash[_KEY]
     gate.refuse_company()

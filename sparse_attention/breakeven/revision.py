@@ -10,8 +10,6 @@ pybind11); operators registered from C++ cannot be loaded twice.
 from __future__ import annotations
 
 import ast
-import builtins
-import contextlib
 import hashlib
 import importlib
 import importlib.abc
@@ -23,9 +21,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
+
+from .imports import Imports
 
 HARNESS = "sparse_attention.breakeven"  # measures both sides: never taken from another revision
 _KEPT_CHECKOUTS = 8
@@ -169,53 +169,6 @@ class Renamed(importlib.abc.MetaPathFinder):
                     raise RevisionError(
                         f"{name}.{attribute} of the other revision is {home}'s of this one: they would be compared with themselves"
                     )
-
-
-class Imports:
-    """What the other revision's modules import, seen while `watched()`.
-
-    Imports at the top of a module happen once and hold for all that reach the module; those in functions for this time only.
-    """
-
-    def __init__(self, aliases: Iterable[str]):
-        self._aliases = frozenset(aliases)
-        self._top: dict[str, set[str]] = {}  # module -> modules
-        self._now: set[str] = set()
-
-    @contextlib.contextmanager
-    def watched(self) -> Iterator[None]:
-        plain, dynamic, self._now = builtins.__import__, importlib.import_module, set()
-
-        def watching(name, globals=None, locals=None, fromlist=(), level=0):
-            found = plain(name, globals, locals, fromlist, level)
-            importer = (globals or {}).get("__name__", "")
-            if importer.partition(".")[0] in self._aliases:
-                full = importlib.util.resolve_name("." * level + name, globals.get("__package__")) if level else name
-                seen = self._top.setdefault(importer, set()) if globals is locals else self._now
-                seen.update([full, *(f"{full}.{item}" for item in fromlist or () if f"{full}.{item}" in sys.modules)])
-            return found
-
-        def watching_dynamic(name, package=None):
-            found = dynamic(name, package)
-            if sys._getframe(1).f_globals.get("__name__", "").partition(".")[0] in self._aliases:
-                self._now.add(found.__name__)
-            return found
-
-        builtins.__import__, importlib.import_module = watching, watching_dynamic
-        try:
-            yield
-        finally:
-            builtins.__import__, importlib.import_module = plain, dynamic
-
-    def reached(self, start: str) -> set[str]:
-        """Modules that `start`, and what was called meanwhile, imported directly or through modules of the other revision."""
-        found, pending = set(), [start, *self._now]
-        while pending:
-            name = pending.pop()
-            if name not in found:
-                found.add(name)
-                pending += self._top.get(name, ())
-        return found
 
 
 def renamed(module: str, names: Iterable[str]) -> bool:
