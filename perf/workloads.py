@@ -29,14 +29,15 @@ def tensors(
 ) -> tuple[torch.Tensor, ...]:
     """q, k, v and one more of q's shape, normal, the same for every case of this shape, on the device whose clock runs here.
 
-    On a GPU they are of `gpu_dtype` where the case names one.
+    On a GPU they are of `gpu_dtype` where the case names one, and bfloat16 instead of float32, which its kernels do not take.
     """
     device = device or current_device()
     return _tensors(batch, heads, kv_heads, q_len, kv_len, head_dim, _dtype(dtype, gpu_dtype, device), device)
 
 
 def _dtype(dtype: str, gpu_dtype: str | None, device: str) -> torch.dtype:
-    return getattr(torch, gpu_dtype if gpu_dtype and device != "cpu" else dtype)
+    on_gpu = gpu_dtype or ("bfloat16" if dtype == "float32" else dtype)
+    return getattr(torch, dtype if device == "cpu" else on_gpu)
 
 
 @functools.cache

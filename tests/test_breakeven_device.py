@@ -26,12 +26,13 @@ worker.main({{"kind": "probe", "cores": [], "device": {clock!r}}})
 
 
 def test_tensors_are_made_there_in_the_dtype_of_a_gpu(monkeypatch):
-    here = workloads.tensors(**SHAPE, gpu_dtype="bfloat16")
+    here = workloads.tensors(**SHAPE, gpu_dtype="float16")
     assert {(x.device.type, x.dtype) for x in here} == {("cpu", torch.float32)}
     monkeypatch.setattr(device, "_current", "meta")
-    there = workloads.tensors(**SHAPE, gpu_dtype="bfloat16")
-    assert {(x.device.type, x.dtype) for x in there} == {("meta", torch.bfloat16)}
-    assert workloads.tensors(**SHAPE)[0].dtype == torch.float32
+    there = workloads.tensors(**SHAPE, gpu_dtype="float16")
+    assert {(x.device.type, x.dtype) for x in there} == {("meta", torch.float16)}
+    assert workloads.tensors(**SHAPE)[0].dtype == torch.bfloat16
+    assert workloads.tensors(**{**SHAPE, "dtype": "float64"})[0].dtype == torch.float64
 
 
 class OnGpu:
