@@ -160,7 +160,7 @@ def test_a_proof_survives_the_disk(proof, tmp_path):
     assert [p.rpartition("/")[2] for p in paths] == [
         "certificate-2026-01-02.json",
         "proof-two-stage-2026-01-02.json",
-        "proof-two-stage-0.3-2026-01-02.json",
+        "proof-two-stage-0.01-2026-01-02.json",
         "proof-sequential-2026-01-02.json",
         "proof-10-blocks-2026-01-02.json",
         "proof-regression-2026-01-02.json",

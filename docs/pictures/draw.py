@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 import sparse_attention as sa
+from sparse_attention.breakeven.power import Power
 from sparse_attention.layout import layout
 
 FOLDER = Path(__file__).parent
@@ -108,6 +109,25 @@ def draw_tiles() -> None:
     plt.close(figure)
 
 
+def draw_power() -> None:
+    """How often the gate of pull requests finds a slowdown: the measured rates of perf/proofs, with their intervals."""
+    figure, axes = plt.subplots(figsize=(7, 3.2), constrained_layout=True)
+    for name, style in (("two-stage", "--"), ("two-stage-0.01", "-")):
+        path = max((FOLDER.parents[1] / "perf/proofs").glob(f"*/proof-{name}-2*.json"))
+        stored = Power.load(path)
+        for colour, (case, points) in zip(("C0", "C1"), stored.curves().items()):
+            points = [point for point in points if point.slowdown <= 0.1]
+            x, y, low, high = ([100 * getattr(p, key) for p in points] for key in ("slowdown", "share", "low", "high"))
+            axes.plot(x, y, style, color=colour, marker="o", markersize=3, label=f"{case}, {stored.policy['name']}")
+            axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
+    _label(axes, "share of the tiles repeated, %", "gates that say FAIL, %", range(0, 11, 2), ())
+    axes.yaxis.set_ticks(range(0, 101, 25))
+    axes.yaxis.set_ticks((), minor=True)
+    axes.legend(frameon=False, labelcolor=TEXT, fontsize=8, loc="lower right")
+    figure.savefig(FOLDER / "power.png", dpi=160, transparent=True)
+    plt.close(figure)
+
+
 def _bits(mask: torch.Tensor) -> np.ndarray:
     """bool [64, 64] of query row by key column, from one word a row."""
     words = mask.numpy().reshape(64).view(np.uint64)
@@ -129,3 +149,4 @@ def _label(axes, x, y, major, minor):
 if __name__ == "__main__":
     draw_masks()
     draw_tiles()
+    draw_power()

@@ -33,7 +33,7 @@ def add_command(command: Callable[..., Any], seconds: Callable[[str], float], po
     proof.add_argument("--session", metavar="FILE", help="keep the raw blocks here, and go on from it where it exists")
     proof.add_argument("--stored", metavar="FILE", help="take the blocks of a stored proof instead of measuring")
     proof.add_argument("--only", choices=("rates", "controls"), help="leave out the other half")
-    proof.add_argument("--results", default="perf/results", metavar="DIR", help="write the proof below here, by machine class")
+    proof.add_argument("--results", default="perf/proofs", metavar="DIR", help="write the proof below here, by machine class")
     proof.add_argument("--page", default="docs/proof.md", metavar="FILE", help="put the summary into this page; 'none' for nowhere")
     proof.add_argument("--dry-run", action="store_true", help="say what would be measured")
     proof.add_argument("--quiet", action="store_true", help="no progress")

@@ -13,7 +13,7 @@ from .resampling import POLICIES, blocks_needed, mean_rate
 CASES_IN_A_SUITE = 50
 _RULES = {
     "two-stage": "two-stage: 5 blocks at 5 %, suspects 10 fresh ones at 1 %",
-    "two-stage, 0.3 %": "two-stage: 5 blocks at 5 %, suspects 10 fresh ones at 0.3 %",
+    "two-stage, 0.01 %": "two-stage: 5 blocks at 5 %, suspects 10 fresh ones at 0.01 %",
     "sequential": "sequential: 5, 10 and 20 blocks, 1 % in all",
     "10 blocks": "10 blocks at 1 %",
     REGRESSION: f"regression: the kernel against itself, 10 blocks at 1 %, floor {FLOOR}",

@@ -23,7 +23,7 @@ ORDERS: tuple[Order, ...] = ("shuffled", "in order", "repeated")
 
 POLICIES: Mapping[str, Policy] = {
     "two-stage": TwoStage(),  # pull requests
-    "two-stage, 0.3 %": TwoStage(second_alpha=0.003),
+    "two-stage, 0.01 %": TwoStage(second_alpha=0.0001),
     "sequential": Sequential(),  # nightly
     "10 blocks": Sequential(looks=(10,), alpha=0.01),
 }
