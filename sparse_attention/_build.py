@@ -18,6 +18,7 @@ import sys
 import sysconfig
 import tempfile
 import threading
+from collections.abc import Callable
 from importlib.machinery import ExtensionFileLoader
 from pathlib import Path
 from types import ModuleType
@@ -53,7 +54,11 @@ def kernels() -> ModuleType:
 
 @functools.cache
 def _load() -> ModuleType:
-    path = library()
+    return load(library())
+
+
+def load(path: Path) -> ModuleType:
+    """The extension module in a compiled library. Raises BuildError."""
     # pybind11 gives out a module that it knows by name, whatever the file: another library needs another name.
     loader = ExtensionFileLoader(f"sparse_attention.{path.stem}._kernels", str(path))
     spec = importlib.util.spec_from_file_location(loader.name, path, loader=loader)
@@ -67,10 +72,15 @@ def _load() -> ModuleType:
 
 def library() -> Path:
     """The path of the compiled library, which exists on return. Processes that ask at once compile once."""
+    return built(f"kernels-{tier()}-{key()}.so", tier(), _ninja_file)
+
+
+def built(name: str, what_for: str, ninja_file: Callable[[str], str]) -> Path:
+    """The path of the library `name` in the cache, made by `ninja_file(name)` unless it is there."""
     from filelock import FileLock
 
     folder = cache_folder()
-    path = folder / f"kernels-{tier()}-{key()}.so"
+    path = folder / name
     if path.exists():
         return path
     try:
@@ -78,7 +88,7 @@ def library() -> Path:
         lock = FileLock(path.with_suffix(".lock"))  # the system drops it when its holder dies
         with lock:
             if not path.exists():
-                _compile(path)
+                _compile(path, what_for, ninja_file)
     except OSError as error:
         raise BuildError(
             f"cannot write the compiled kernels to {folder} ({error}); set SPARSE_ATTENTION_CACHE to a writable folder. "
@@ -137,12 +147,12 @@ def _compiler() -> list[str]:
     return shlex.split(os.environ.get("CXX") or "c++")
 
 
-def _compile(path: Path) -> None:
+def _compile(path: Path, what_for: str, ninja_file: Callable[[str], str]) -> None:
     """Builds in a temporary folder and renames the result to `path`."""
     ninja = _find_tools()
     with tempfile.TemporaryDirectory(prefix="build-", dir=path.parent) as folder:
-        (Path(folder) / "build.ninja").write_text(_ninja_file(path.name))
-        print(f"sparse_attention: compiling for {tier()} into {path.parent} (once)", file=sys.stderr, flush=True)
+        (Path(folder) / "build.ninja").write_text(ninja_file(path.name))
+        print(f"sparse_attention: compiling for {what_for} into {path.parent} (once)", file=sys.stderr, flush=True)
         environment = {**os.environ, "NINJA_STATUS": "sparse_attention: [%f/%t] "}
         process = subprocess.Popen(
             [ninja, "-C", folder], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -191,20 +201,25 @@ def _ninja_file(target: str) -> str:
     link = [f"-L{path}" for path in library_paths()] + ["-ltorch_python", "-ltorch_cpu", "-ltorch", "-lc10"]
     if _is_clang():  # its OpenMP calls are in no library of torch's
         link.append("-fopenmp")
-    lines = [
-        f"rule compile\n  command = {compiler} {_escape(shlex.join(flags))} -c $in -o $out\n  description = $desc",
-        f"rule link\n  command = {compiler} -shared $in -o $out {_escape(shlex.join(link))}\n  description = $out",
-    ]
+    rules = {"compile": f"{compiler} {escape(shlex.join(flags))} -c $in -o $out"}
+    rules["link"] = f"{compiler} -shared $in -o $out {escape(shlex.join(link))}"
+    return ninja_text(target, rules, [("compile", source) for source in _sources(source_folder(), "*.cpp")])
+
+
+def ninja_text(target: str, rules: dict[str, str], sources: list[tuple[str, Path]]) -> str:
+    """A ninja file that compiles each source by its rule and links the objects by the rule "link"."""
+    lines = [f"rule {name}\n  command = {command}\n  description = $desc" for name, command in rules.items()]
     objects = []
-    for source in _sources(source_folder(), "*.cpp"):
+    for rule, source in sources:
         objects.append(f"{source.stem}.o")
-        path = _escape(str(source)).replace(" ", "$ ").replace(":", "$:")
-        lines.append(f"build {objects[-1]}: compile {path}\n  desc = {source.name}")
-    lines.append(f"build {target}: link {' '.join(objects)}")
+        path = escape(str(source)).replace(" ", "$ ").replace(":", "$:")
+        lines.append(f"build {objects[-1]}: {rule} {path}\n  desc = {source.name}")
+    lines.append(f"build {target}: link {' '.join(objects)}\n  desc = {target}")
     return "\n".join(lines) + "\n"
 
 
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
+    """Text as ninja reads it in a command."""
     return text.replace("$", "$$")
 
 

@@ -86,7 +86,10 @@ def _traced(q, k, v, pattern, scale, impl, return_lse):
 
 def _autocast(*tensors):
     device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    # The first two have it; asking is what torch.compile of torch 2.11 cannot trace.
+    if device not in ("cpu", "cuda") and not torch.amp.is_autocast_available(device):
+        return tensors
+    if not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return [x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors]

@@ -67,7 +67,9 @@ def flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern) ->
     def mask_mod(batch, head, i, j):
         return one.allows(i + lengths.offset, j, lengths)
 
-    block_mask = create_block_mask(mask_mod, None, None, *lengths, device=q.device.type)
+    # Compiled, it does not write the whole mask, 16 GiB at 128K; on CPU compiling takes longer than that.
+    make = torch.compile(create_block_mask) if q.is_cuda else create_block_mask
+    block_mask = make(mask_mod, None, None, *lengths, device=q.device.type)
     compiled = torch.compile(flex_attention, dynamic=False)
     grouped = q.shape[1] != k.shape[1]
 

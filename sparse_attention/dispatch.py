@@ -9,6 +9,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from sparse_attention import _build_cuda, cuda_tables
+from sparse_attention._build import BuildError
 from sparse_attention.cost import Cost, cost, count
 from sparse_attention.lanes import lane_pairs
 from sparse_attention.layout import Layout, layout
@@ -108,7 +110,7 @@ def _plan(pattern: Pattern, sizes: Sizes, impl: str, threads: int) -> Plan:
     pattern.check(sizes.q_len, sizes.kv_len, sizes.heads)
     if impl not in IMPLS:
         raise ValueError(f"impl is {impl!r}; expected one of {', '.join(IMPLS)}")
-    obstacle = engine_obstacle(sizes)
+    obstacle = engine_obstacle(pattern, sizes, impl if impl == "gather" else "tile")
     if impl in ("tile", "gather") and obstacle:
         raise ValueError(f"impl is {impl!r}, but {obstacle}; use impl='dense' or impl='reference'")
     if impl != "auto":
@@ -118,13 +120,28 @@ def _plan(pattern: Pattern, sizes: Sizes, impl: str, threads: int) -> Plan:
     return choose(pattern, sizes, threads, table(sizes.device))
 
 
-def engine_obstacle(sizes: Sizes) -> str | None:
-    """Why the sparse engines cannot run these sizes, or None."""
-    if sizes.device != "cpu":
-        return f"q is on {sizes.device} and the sparse engines run on cpu"
+def engine_obstacle(pattern: Pattern, sizes: Sizes, impl: str = "tile") -> str | None:
+    """Why a sparse engine cannot run a pattern at these sizes, or None."""
+    if sizes.device not in ("cpu", "cuda") or (sizes.device, impl) == ("cuda", "gather"):
+        return f"q is on {sizes.device} and the {impl} engine runs on {'cpu' if impl == 'gather' else 'cpu and cuda'}"
     if sizes.head_dim % 8 or not 8 <= sizes.head_dim <= 256:
         return f"head_dim is {sizes.head_dim} and the sparse engines take multiples of 8 from 8 to 256"
-    return None
+    return cuda_obstacle(pattern, sizes) if sizes.device == "cuda" else None
+
+
+def cuda_obstacle(pattern: Pattern, sizes: Sizes) -> str | None:
+    """Why the tile engine on CUDA cannot run a pattern at these sizes, or None."""
+    if sizes.dtype not in (torch.bfloat16, torch.float16):
+        return f"q has dtype {sizes.dtype} and the CUDA engine takes bfloat16 and float16"
+    capability = torch.cuda.get_device_capability()
+    if capability not in _build_cuda.TARGETS:
+        known = ", ".join(f"{major}.{minor}" for major, minor in _build_cuda.TARGETS)
+        return f"the device has compute capability {capability[0]}.{capability[1]} and the CUDA engine is written for {known}"
+    try:
+        _build_cuda.nvcc()
+    except BuildError as error:
+        return f"the CUDA engine cannot be compiled here ({error})"
+    return cuda_tables.obstacle(pattern, sizes.q_len, sizes.kv_len, sizes.heads)
 
 
 def choose(pattern: Pattern, sizes: Sizes, threads: int, known: Table) -> Plan:
@@ -134,7 +151,8 @@ def choose(pattern: Pattern, sizes: Sizes, threads: int, known: Table) -> Plan:
     estimates = {engine: rates[engine].time(w, sizes.head_dim) for engine, w in work(pattern, sizes).items()}
     ordered = sorted(estimates.items(), key=lambda item: item[1])
     counted = ", ".join(f"{engine} {t / 1e3:,.0f} us" for engine, t in ordered)
-    counted = f"by counted work on {of_threads} thread{'s' * (of_threads > 1)} ({counted})"
+    where = f" on {of_threads} thread{'s' * (of_threads > 1)}" if sizes.device == "cpu" else ""
+    counted = f"by counted work{where} ({counted})"
     crossing = _crossing(pattern, sizes, dtype, threads, known)
     winner = crossing and crossing.winner(sizes.q_len)
     if winner is None:
@@ -152,6 +170,10 @@ def choose(pattern: Pattern, sizes: Sizes, threads: int, known: Table) -> Plan:
 def work(pattern: Pattern, sizes: Sizes) -> dict[str, Work]:
     """What each engine would do for these sizes; no "gather" where its tables would be too large."""
     rows = sizes.batch * sizes.heads * sizes.q_len
+    if sizes.device == "cuda":
+        found = cuda_tables.best_layout(pattern, sizes.q_len, sizes.kv_len, sizes.heads, sizes.head_dim)
+        computed = found.counts.visited * found.tile_q * found.tile_k
+        return {"dense": _dense_work(pattern, sizes, rows), "tile": Work(rows, sizes.batch * computed)}
     pairs, _, _ = count(pattern, sizes.q_len, sizes.kv_len, sizes.heads)
     lanes = lane_pairs(pattern, sizes.q_len, sizes.kv_len, sizes.heads)
     found = {"dense": _dense_work(pattern, sizes, rows), "tile": Work(rows, sizes.batch * lanes)}

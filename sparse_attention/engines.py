@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparse_attention import dense
+from sparse_attention import _build_cuda, cuda_tables, dense
 from sparse_attention._build import kernels
 from sparse_attention.dispatch import Plan, Sizes
 from sparse_attention.dispatch import plan as plan_of
@@ -33,7 +33,9 @@ class Engine(NamedTuple):
     nbytes: int = 0
 
 
-def _tile(plan: Plan, scale: float) -> Engine:
+def _tile(plan: Plan, scale: float, device: torch.device) -> Engine:
+    if device.type == "cuda":
+        return _cuda_tile(plan, scale, device)
     native, sizes, layout = kernels(), plan.sizes, plan.layout
 
     def table(of):
@@ -50,7 +52,24 @@ def _tile(plan: Plan, scale: float) -> Engine:
     return Engine(plan, scale, forward, backward, nbytes=2 * layout.nbytes)
 
 
-def _gather(plan: Plan, scale: float) -> Engine:
+def _cuda_tile(plan: Plan, scale: float, device: torch.device) -> Engine:
+    native, sizes = _build_cuda.kernels(torch.cuda.get_device_capability(device)), plan.sizes
+    layout = cuda_tables.best_layout(plan.pattern, sizes.q_len, sizes.kv_len, sizes.heads, sizes.head_dim)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    parts = [native.Part(*part) for part in cuda_tables.tables(layout, device, processors)]
+
+    def forward(q, k, v, scale):
+        if scale <= 0:  # the softmax looks for the largest product
+            q, scale = (q * 0, 1.0) if scale == 0 else (-q, -scale)
+        return native.sm90_forward(q, k, v, parts, sizes.q_len, sizes.kv_len, layout.tile_k, scale)
+
+    def backward(*_):
+        raise NotImplementedError("the sparse engines have no gradient on CUDA yet; use impl='dense'")
+
+    return Engine(plan, scale, forward, backward, nbytes=2 * layout.nbytes)
+
+
+def _gather(plan: Plan, scale: float, device: torch.device) -> Engine:
     native, sizes, rows = kernels(), plan.sizes, plan.rows
 
     def table(of, rows, cols):
@@ -68,7 +87,7 @@ def _gather(plan: Plan, scale: float) -> Engine:
     return Engine(plan, scale, forward, backward, nbytes=2 * rows.nbytes)
 
 
-def _dense(plan: Plan, scale: float) -> Engine:
+def _dense(plan: Plan, scale: float, device: torch.device) -> Engine:
     pattern = plan.pattern
 
     def attend(q, k, v, scale):
@@ -83,7 +102,7 @@ def _dense(plan: Plan, scale: float) -> Engine:
     return Engine(plan, scale, forward, backward, attend)
 
 
-def _reference(plan: Plan, scale: float) -> Engine:
+def _reference(plan: Plan, scale: float, device: torch.device) -> Engine:
     pattern = plan.pattern
 
     def attend(q, k, v, scale):
@@ -111,7 +130,7 @@ def engine(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, impl: str) -> Engi
     if found is None:
         check_call(q, k, v, pattern, impl)
         plan = plan_of(pattern, Sizes.of(q, k), impl)
-        found = _MAKERS[plan.impl](plan, plan.sizes.head_dim**-0.5)
+        found = _MAKERS[plan.impl](plan, plan.sizes.head_dim**-0.5, q.device)
         if len(_engines) >= _MOST_CALLS or found.nbytes + sum(kept.nbytes for kept in _engines.values()) > _MOST_BYTES:
             _engines.clear()
         _engines[key] = found

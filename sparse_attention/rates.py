@@ -118,6 +118,20 @@ GENERIC = Table(
     {},
 )
 
+# One H100, bfloat16, head_dim 128 (shared/facts/h100.md and docs/cuda.md): 4 * head_dim FLOPs a pair at 560 TFLOP/s in tiles, at 590
+# causal and about a third of that with a mask. `call` is what a launch costs once the host is ahead.
+GENERIC_CUDA = Table(
+    "cuda",
+    "built in",
+    {
+        (1, "float32"): {
+            "tile": Rate(call=9_000, row=0.01, pair=0.0, element=7.1e-6),
+            "dense": Rate(call=9_000, row=0.01, pair=0.0, element=6.8e-6, mask=1.8e-3),
+        }
+    },
+    {},
+)
+
 
 @cache
 def table(device: str = "cpu") -> Table:
@@ -132,7 +146,7 @@ def table(device: str = "cpu") -> Table:
             continue
         except (OSError, ValueError) as error:
             warnings.warn(f"{path} is ignored: {error}", stacklevel=2)
-    return GENERIC
+    return GENERIC if device == "cpu" else GENERIC_CUDA
 
 
 def files(machine_class: str) -> Iterator[Path]:

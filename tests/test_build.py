@@ -230,11 +230,11 @@ def test_the_wheel_holds_every_package_and_the_sources():
     root = Path(__file__).parents[1]
     settings = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
     packages = {".".join(path.parent.relative_to(root).parts) for path in (root / "sparse_attention").rglob("__init__.py")}
-    folders = {".".join(("sparse_attention", *path.relative_to(root).parts)) for path in [root / "csrc", root / "csrc" / "cpu"]}
-    assert set(settings["packages"]) == packages | folders
     sources = [root / "csrc", *(path for path in (root / "csrc").rglob("*") if path.is_dir())]
+    assert set(settings["packages"]) == packages | {".".join(("sparse_attention", *path.relative_to(root).parts)) for path in sources}
     for folder in [*((root / name.replace(".", "/")) for name in packages), *sources]:
         name = ".".join(folder.relative_to(root).parts)
         carried = settings["package-data"].get(f"sparse_attention.{name}" if folder in sources else name, [])
         files = {path for path in folder.iterdir() if path.is_file() and path.suffix not in (".py", ".pyc")}
-        assert files == {path for pattern in carried for path in folder.glob(pattern)}
+        assert files == {path for pattern in carried if "/" not in pattern for path in folder.glob(pattern)}
+        assert all(list(folder.glob(pattern)) for pattern in carried)

@@ -87,7 +87,7 @@ def test_cold_in_a_graph_is_as_cold_as_without(clock):
 
     alone, in_graph = median(clock, copy, 2), median(make("cuda-graph"), copy, 2)
     print(f"eager {1e6 * alone:.1f} us, graph {1e6 * in_graph:.1f} us")
-    assert in_graph == pytest.approx(alone, rel=0.1)
+    assert alone / 1.5 < in_graph < 1.5 * alone  # warm it would take less than half
 
 
 def test_nvml_is_plausible(clock, product):

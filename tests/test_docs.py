@@ -14,6 +14,7 @@ import doctest
 import functools
 import importlib.util
 import inspect
+import os
 import re
 import shlex
 import shutil
@@ -155,6 +156,8 @@ def check_command(words: list[str]) -> None:
         assert (ROOT / rest[0]).exists(), f"{words}: {rest[0]} does not exist"
     elif program == "asv":
         assert_options(options, help_of("-m", "asv", rest[0]), words)
+    elif (ROOT / program).is_file():
+        assert os.access(ROOT / program, os.X_OK), f"{words}: {program} cannot be executed"
     elif program in ("git", "cd"):
         assert program == "cd" or shutil.which(program), f"{words}: no {program} here"
     else:

@@ -1,0 +1,97 @@
+// Host side of the sm90 tier: tensor maps, the choice of a kernel, the launch. No torch.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <algorithm>
+
+#include "forward.cuh"
+
+namespace sparse_attention::sm90 {
+namespace {
+
+using Encode = decltype(&cuTensorMapEncodeTiled);
+
+Encode encoder() {
+  static const Encode found = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult status;
+    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &status);
+    return reinterpret_cast<Encode>(function);
+  }();
+  return found;
+}
+
+struct Sequences {
+  CUtensorMapDataType type;
+  int head_dim, heads, batch, length, stride;
+};
+
+// Boxes of 64 columns and `rows` rows of the sequences with floor(length / stride) steps, or of those with one more.
+bool encode(CUtensorMap* map, const Strided& x, const Sequences& s, bool longer, int rows) {
+  const int residues = longer ? s.length % s.stride : s.stride, steps = s.length / s.stride + longer;
+  const cuuint64_t sizes[5] = {cuuint64_t(s.head_dim), cuuint64_t(std::max(1, residues)), cuuint64_t(std::max(1, steps)),
+                               cuuint64_t(s.heads), cuuint64_t(s.batch)};
+  const cuuint64_t strides[4] = {2 * cuuint64_t(x.row), 2 * cuuint64_t(x.row) * s.stride, 2 * cuuint64_t(x.head), 2 * cuuint64_t(x.batch)};
+  const cuuint32_t box[5] = {64, 1, cuuint32_t(rows), 1, 1}, every[5] = {1, 1, 1, 1, 1};
+  return encoder()(map, s.type, 5, x.data, sizes, strides, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                   CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+template <typename T>
+bool encode_all(Maps& maps, const Forward& f) {
+  const auto type = IsHalf<T>::value ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const Sequences queries{type, f.head_dim, f.heads, f.batch, f.q_len, f.stride};
+  const Sequences keys{type, f.head_dim, f.kv_heads, f.batch, f.kv_len, f.stride};
+  bool good = true;
+  for (const bool longer : {false, true}) {
+    good &= encode(&maps.q[longer], f.q, queries, longer, kTileQueries);
+    good &= encode(&maps.k[longer], f.k, keys, longer, f.keys);
+    good &= encode(&maps.v[longer], f.v, keys, longer, f.keys);
+    if (!writes_partial(f.merge)) good &= encode(&maps.out[longer], f.out, queries, longer, kTileQueries / 2);
+  }
+  return good;
+}
+
+template <class S, typename T, Merge kMerge, bool kBury>
+cudaError_t launch(const Maps& maps, const Params& p, int processors, cudaStream_t stream) {
+  const auto kernel = forward<S, T, kMerge, kBury>;
+  const int bytes = sizeof(Shared<S>) + 1024;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) return error;
+  kernel<<<processors, S::kThreads, bytes, stream>>>(maps, p);
+  return cudaGetLastError();
+}
+
+template <class S, typename T, bool kBury>
+cudaError_t launch_merge(const Forward& f, const Maps& maps, const Params& p, cudaStream_t stream) {
+  switch (f.merge) {
+    case kAlone: return launch<S, T, kAlone, kBury>(maps, p, f.processors, stream);
+    case kFirstPart: return launch<S, T, kFirstPart, kBury>(maps, p, f.processors, stream);
+    case kMiddlePart: return launch<S, T, kMiddlePart, kBury>(maps, p, f.processors, stream);
+    default: return launch<S, T, kLastPart, kBury>(maps, p, f.processors, stream);
+  }
+}
+
+template <class S, typename T>
+cudaError_t launch_shape(const Forward& f, const Maps& maps, const Params& p, cudaStream_t stream) {
+  return f.has_dead ? launch_merge<S, T, true>(f, maps, p, stream) : launch_merge<S, T, false>(f, maps, p, stream);
+}
+
+template <typename T>
+int launch_forward(const Forward& f, cudaStream_t stream) {
+  if (!encoder()) return cudaErrorNotSupported;
+  Maps maps;
+  if (!encode_all<T>(maps, f)) return cudaErrorInvalidValue;
+  const Params p{reinterpret_cast<const Work*>(f.work), f.starts, f.row_start, reinterpret_cast<const Run*>(f.runs), f.masks, f.dead, f.partial,
+                 f.lse, f.n_work, f.batch, f.heads, f.heads / f.kv_heads, f.q_len, f.head_dim, f.scale * 1.4426950408889634f};
+  if (f.keys == 128 && f.head_dim <= 64) return launch_shape<Shape<64, 128, 4>, T>(f, maps, p, stream);
+  if (f.keys == 128 && f.head_dim <= 128) return launch_shape<Shape<128, 128, 2>, T>(f, maps, p, stream);
+  if (f.keys != 64) return cudaErrorInvalidValue;
+  if (f.head_dim <= 64) return launch_shape<Shape<64, 64, 4>, T>(f, maps, p, stream);
+  if (f.head_dim <= 128) return launch_shape<Shape<128, 64, 4>, T>(f, maps, p, stream);
+  if (f.head_dim <= 192) return launch_shape<Shape<192, 64, 2>, T>(f, maps, p, stream);
+  return launch_shape<Shape<256, 64, 2>, T>(f, maps, p, stream);
+}
+
+}  // namespace
+}  // namespace sparse_attention::sm90

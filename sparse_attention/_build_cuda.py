@@ -1,0 +1,94 @@
+"""Compiles csrc/cuda with nvcc at first use, for the device present. The kernels hold no torch; only the bindings do.
+
+`CUDA_HOME` names the toolkit (default: what `nvcc` on the PATH belongs to, or /usr/local/cuda).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import sysconfig
+import threading
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from sparse_attention._build import BuildError, built, escape, load, ninja_text, source_folder
+
+# Infinities mean something here; what --use_fast_math would add is written out in the kernels.
+FLAGS = ["-std=c++17", "-O3", "--ftz=true", "--prec-div=false", "-Xcompiler=-fPIC", "-Xcompiler=-fvisibility=hidden"]
+HOST_FLAGS = ["-O2", "-std=c++20", "-fPIC", "-fvisibility=hidden"]
+TARGETS = {(9, 0): "arch=compute_90a,code=sm_90a"}  # compute capability -> nvcc's target
+
+_STILL_WORKS = "impl='dense' and impl='reference' work without compiled kernels."
+_loading = threading.Lock()
+
+
+def kernels(capability: tuple[int, int]) -> ModuleType:
+    """The compiled module for devices of this compute capability; compiled first if the cache does not hold it. BuildError."""
+    with _loading:
+        return _load(capability)
+
+
+@functools.cache
+def _load(capability: tuple[int, int]) -> ModuleType:
+    name = f"cuda-sm{capability[0]}{capability[1]}"
+    return load(built(f"{name}-{key(capability)}.so", name, lambda target: _ninja_file(target, capability)))
+
+
+def nvcc() -> str:
+    """The path of nvcc. Raises BuildError if there is none."""
+    home = os.environ.get("CUDA_HOME")
+    for folder in [Path(home) / "bin"] if home else [None, "/usr/local/cuda/bin"]:
+        found = shutil.which("nvcc", path=folder and str(folder))
+        if found:
+            return found
+    where = f"in {home}/bin (CUDA_HOME)" if home else "on the PATH or in /usr/local/cuda/bin"
+    raise BuildError(f"no nvcc {where}: install the CUDA toolkit of torch's version ({torch.version.cuda}) or set CUDA_HOME. {_STILL_WORKS}")
+
+
+def sources() -> list[Path]:
+    """Device code: no torch, so that nvcc alone compiles it."""
+    return sorted((source_folder() / "cuda").rglob("*.cu"))
+
+
+def compile_command(capability: tuple[int, int]) -> list[str]:
+    """nvcc and its flags, without files."""
+    return [nvcc(), *FLAGS, "-gencode", TARGETS[capability]]
+
+
+def key(capability: tuple[int, int]) -> str:
+    """What a library depends on, as a short hash."""
+    digest = hashlib.sha256()
+    version = subprocess.run([nvcc(), "--version"], capture_output=True, text=True).stdout
+    abi = sysconfig.get_config_var("SOABI") or ""
+    for text in [torch.__version__, abi, version, *compile_command(capability), *HOST_FLAGS]:
+        digest.update(text.encode() + b"\0")
+    root = source_folder() / "cuda"
+    for path in sorted(p for p in root.rglob("*") if p.suffix in (".h", ".cuh", ".cu", ".cpp")):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def _ninja_file(target: str, capability: tuple[int, int]) -> str:
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    home = Path(nvcc()).resolve().parents[1]
+    compiler = shlex.split(os.environ.get("CXX") or "c++")
+    paths = [*include_paths(), str(home / "include"), sysconfig.get_paths()["include"]]
+    host = [*compiler, *HOST_FLAGS, *(f"-isystem{path}" for path in paths), f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+    libraries = [*library_paths(), str(home / "lib64")]
+    link = [*compiler, "-shared", "$in", "-o", "$out", *(f"-L{path}" for path in libraries)]
+    link += ["-ltorch_python", "-ltorch_cuda", "-ltorch_cpu", "-ltorch", "-lc10_cuda", "-lc10", "-lcudart"]
+    rules = {
+        "device": f"{escape(shlex.join(compile_command(capability)))} -c $in -o $out",
+        "host": f"{escape(shlex.join(host))} -c $in -o $out",
+        "link": " ".join(link),
+    }
+    bindings = source_folder() / "cuda" / "bindings.cpp"
+    return ninja_text(target, rules, [*(("device", source) for source in sources()), ("host", bindings)])

@@ -1,0 +1,192 @@
+"""The engines on a CUDA device: accuracy, layouts in memory, NaN where nobody looks, graphs, streams. Skipped without one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import sparse_attention as sa
+from sparse_attention import cuda_tables, dispatch
+from tests.cases import CASES
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+if torch.cuda.get_device_capability() != (9, 0):
+    pytest.skip(f"needs compute capability 9.0, this is {torch.cuda.get_device_capability()}", allow_module_level=True)
+
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+def tensors(batch, heads, kv_heads, q_len, kv_len, head_dim, dtype=torch.bfloat16, seed=0):
+    generator = torch.Generator("cuda").manual_seed(seed)
+    shapes = ((heads, q_len), (kv_heads, kv_len), (kv_heads, kv_len))
+    return [torch.randn(batch, *shape, head_dim, device="cuda", generator=generator).to(dtype) for shape in shapes]
+
+
+def exact(q, k, v, mask, scale=None):
+    """(out, lse) in float64. mask: bool [heads, q_len, kv_len]."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.double().repeat_interleave(group, 1) for x in (k, v))
+    scores = (q.double() @ k.mT) * (q.shape[3] ** -0.5 if scale is None else scale)
+    scores = scores.masked_fill(~mask, -torch.inf)
+    return torch.softmax(scores, -1).nan_to_num(0.0) @ v, scores.logsumexp(-1)
+
+
+def assert_accurate(q, k, v, pattern, out, lse, clean=None):
+    """Row by row at most twice the error that PyTorch makes in this dtype, with a floor of two units in the last place."""
+    mask = pattern.mask(q.shape[2], k.shape[2], q.shape[1]).cuda()
+    k, v = clean or (k, v)
+    right, right_lse = exact(q, k, v, mask)
+    group = q.shape[1] // k.shape[1]
+    k_all, v_all = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    theirs = torch.nn.functional.scaled_dot_product_attention(q, k_all, v_all, attn_mask=mask.unsqueeze(0)).nan_to_num(0.0)
+    error, allowed = ((x.double() - right).abs().amax(-1) for x in (out, theirs))
+    floor = 2 * torch.finfo(q.dtype).eps * right.abs().amax(-1)
+    late = error > 2 * allowed + floor
+    assert not late.any(), f"{int(late.sum())} rows, the worst off by {float(error.max()):.2e} where PyTorch is by {float(allowed.max()):.2e}"
+    assert torch.equal(lse == -torch.inf, right_lse == -torch.inf)
+    assert (lse.double() - right_lse).nan_to_num(0.0, 0.0, 0.0).abs().max() < 1e-3
+
+
+def runs_here(case):
+    return cuda_tables.obstacle(case.make(), case.q_len, case.kv_len, case.heads) is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [c for c in CASES if runs_here(c)], ids=lambda c: c.id)
+def test_every_pattern(case, dtype):
+    q, k, v = tensors(2, case.heads, case.heads, case.q_len, case.kv_len, 64, dtype)
+    pattern = case.make()
+    assert_accurate(q, k, v, pattern, *sa.attention(q, k, v, pattern, impl="tile", return_lse=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [8, 40, 64, 72, 96, 128, 136, 192, 200, 256])
+@pytest.mark.parametrize("pattern", [sa.SlidingWindow(300), sa.BigBird(64), sa.MultiScale(40), sa.Dilated(30, 7)], ids=lambda p: type(p).__name__)
+def test_head_dim(head_dim, dtype, pattern):
+    q, k, v = tensors(1, 4, 2, 1003, 1003, head_dim, dtype)
+    assert_accurate(q, k, v, pattern, *sa.attention(q, k, v, pattern, impl="tile", return_lse=True))
+
+
+@pytest.mark.parametrize("lengths", [(1, 1), (1, 5000), (63, 64), (129, 4097), (500, 300), (2048, 2048)], ids=str)
+def test_lengths(lengths):
+    q, k, v = tensors(3, 2, 1, *lengths, 128)
+    for pattern in (sa.SlidingWindow(200) | sa.Sinks(4), sa.Causal(), sa.Dense(), sa.LogSparse(3)):
+        assert_accurate(q, k, v, pattern, *sa.attention(q, k, v, pattern, impl="tile", return_lse=True))
+
+
+@pytest.mark.parametrize("keys", (cuda_tables.NARROW, cuda_tables.WIDE))
+@pytest.mark.parametrize("head_dim", (64, 128))
+def test_both_widths_of_tiles(keys, head_dim, monkeypatch):
+    monkeypatch.setattr(cuda_tables, "NARROW_COST", 0.0 if keys == cuda_tables.NARROW else 1e9)
+    monkeypatch.setattr("sparse_attention.engines._engines", {})
+    q, k, v = tensors(1, 2, 2, 1500, 1500, head_dim)
+    for pattern in (sa.BigBird(64), sa.SlidingWindow(250), sa.Longformer(70, 3)):
+        assert_accurate(q, k, v, pattern, *sa.attention(q, k, v, pattern, impl="tile", return_lse=True))
+
+
+@pytest.mark.parametrize("pattern", [sa.SlidingWindow(100) | sa.Sinks(3), sa.LogSparse(), sa.Dilated(20, 4)], ids=lambda p: type(p).__name__)
+def test_nan_where_nobody_looks(pattern):
+    q, k, v = tensors(1, 2, 2, 130, 1500, 64)
+    unseen = ~pattern.mask(130, 1500, 2).any(1).cuda()[None, :, :, None]
+    assert unseen.any()
+    clean = [x.masked_fill(unseen, 0.0) for x in (k, v)]
+    bad = [x.masked_fill(unseen, torch.nan) for x in (k, v)]
+    assert_accurate(q, *bad, pattern, *sa.attention(q, *bad, pattern, impl="tile", return_lse=True), clean=clean)
+
+
+def test_strides_are_read_in_place_or_copied():
+    base = torch.randn(2, 700, 3, 2, 64, device="cuda", dtype=torch.bfloat16)  # [batch, length, (q, k, v), heads, head_dim]
+    q, k, v = (base[:, :, n].transpose(1, 2) for n in range(3))
+    assert_accurate(q, k, v, sa.SlidingWindow(90), *sa.attention(q, k, v, sa.SlidingWindow(90), impl="tile", return_lse=True))
+    odd = torch.randn(1, 2, 300, 67, device="cuda", dtype=torch.bfloat16)[..., :64]  # rows that the copy engine cannot read
+    one = torch.randn(1, 1, 300, 64, device="cuda", dtype=torch.bfloat16).expand(1, 2, 300, 64)
+    assert_accurate(odd, one, one, sa.Causal(), *sa.attention(odd, one, one, sa.Causal(), impl="tile", return_lse=True))
+
+
+@pytest.mark.parametrize("scale", (0.3, 0.0, -0.2))
+def test_scale(scale):
+    q, k, v = tensors(1, 2, 2, 300, 300, 64)
+    pattern = sa.SlidingWindow(70)
+    out = sa.attention(q, k, v, pattern, scale=scale, impl="tile")
+    right, _ = exact(q, k, v, pattern.mask(300, 300, 2).cuda(), scale)
+    assert (out.double() - right).norm() < 6e-3 * right.norm()
+
+
+def test_repeats_are_bit_equal_and_streams_do_not_mix():
+    q, k, v = tensors(1, 4, 4, 3000, 3000, 128)
+    patterns = [sa.SlidingWindow(500), sa.MultiScale(100), sa.BigBird(64)]
+    first = [sa.attention(q, k, v, p, impl="tile") for p in patterns]
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    torch.cuda.synchronize()
+    for turn in range(60):
+        outs = []
+        for stream, pattern in zip(streams, patterns):
+            with torch.cuda.stream(stream):
+                outs.append(sa.attention(q, k, v, pattern, impl="tile"))
+        torch.cuda.synchronize()
+        assert all(torch.equal(one, other) for one, other in zip(outs, first)), turn
+
+
+def test_a_graph_replays():
+    q, k, v = tensors(1, 2, 2, 900, 900, 64)
+    pattern = sa.MultiScale(50)
+    sa.attention(q, k, v, pattern, impl="tile")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = sa.attention(q, k, v, pattern, impl="tile")
+    for seed in (1, 2):
+        for x, new in zip((q, k, v), tensors(1, 2, 2, 900, 900, 64, seed=seed)):
+            x.copy_(new)
+        graph.replay()
+        assert torch.equal(out, sa.attention(q, k, v, pattern, impl="tile"))
+
+
+def test_no_launch_but_the_kernel_after_the_first_call():
+    q, k, v = tensors(1, 2, 2, 900, 900, 64)
+    pattern = sa.SlidingWindow(50)
+    sa.attention(q, k, v, pattern, impl="tile")
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        sa.attention(q, k, v, pattern, impl="tile")
+        torch.cuda.synchronize()
+    kernels = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    assert len(kernels) == 1 and "sm90" in kernels[0], kernels
+
+
+def test_what_cuda_does_not_do_is_said():
+    q, k, v = (x.requires_grad_() for x in tensors(1, 2, 2, 100, 100, 64))
+    with pytest.raises(NotImplementedError, match="impl='dense'"):
+        sa.attention(q, k, v, sa.SlidingWindow(9), impl="tile").sum().backward()
+    with pytest.raises(ValueError, match="gather engine runs on cpu"):
+        sa.attention(q, k, v, sa.SlidingWindow(9), impl="gather")
+    with pytest.raises(ValueError, match="float32 and the CUDA engine takes bfloat16"):
+        sa.attention(q.float(), k.float(), v.float(), sa.SlidingWindow(9), impl="tile")
+    many = sa.Dilated(9, (1, 2))
+    with pytest.raises(ValueError, match="different strides"):
+        sa.attention(q, k, v, many, impl="tile")
+    assert sa.plan(q, k, v, many).impl == "dense"
+
+
+def test_auto_takes_the_sparse_engine_where_it_wins():
+    q, k, v = tensors(1, 16, 16, 16384, 16384, 128)
+    assert sa.plan(q, k, v, sa.SlidingWindow(1024)).impl == "tile"
+    assert "expected" in sa.explain(q, k, v, sa.SlidingWindow(1024))
+    assert dispatch.Sizes.of(q, k).device == "cuda"
+
+
+def test_compiled():
+    q, k, v = tensors(1, 2, 2, 600, 600, 64)
+    pattern = sa.SlidingWindow(64)
+    compiled = torch.compile(lambda q, k, v: sa.attention(q, k, v, pattern, impl="tile") * 2, fullgraph=True)
+    assert torch.equal(compiled(q, k, v), sa.attention(q, k, v, pattern, impl="tile") * 2)
+
+
+def test_more_than_two_to_the_31_elements():
+    if torch.cuda.mem_get_info()[0] < 40 << 30:
+        pytest.skip("needs 40 GiB of free memory on the device")
+    q, k, v = (torch.randn(1, 18, 1 << 20, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    out = sa.attention(q, k, v, sa.SlidingWindow(128), impl="tile")
+    last = slice((1 << 20) - 300, None)
+    right, _ = exact(q[:, -1:, last], k[:, -1:, last], v[:, -1:, last], sa.SlidingWindow(128).mask(300, 300, 1).cuda())
+    assert (out[:, -1:, last][:, :, 128:].double() - right[:, :, 128:]).norm() < 6e-3 * right.norm()
