@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any
 
 from .arrays import arrays, is_floating, memory, sample, size
@@ -88,9 +88,14 @@ def check_changed(workload: Workload, before: Print, poisoned: bool = True) -> N
 
 
 def recheck(
-    workloads: Mapping[str, Workload], seed: int, progress: Callable[[str], None] = lambda name: None
+    workloads: Mapping[str, Workload],
+    seed: int,
+    progress: Callable[[str], None] = lambda name: None,
+    fresh: Container[str] | None = None,
 ) -> dict[str, WrongOutput]:
-    """What is wrong after timing, by name: on the tensors that were timed, and once their values have changed."""
+    """What is wrong after timing, by name: on the tensors that were timed, and once their values have changed; the second only
+    of those in `fresh`, if it is given.
+    """
     errors: dict[str, WrongOutput] = {}
     prints = {}
     for name, workload in workloads.items():
@@ -99,7 +104,8 @@ def recheck(
             prints[name] = check(workload)
         except WrongOutput as error:
             errors[name] = error
-    changing = {n: w for n, w in workloads.items() if n in prints and (w.refresh is not None or len(w.inputs))}
+    wanted = {n: w for n, w in workloads.items() if n in prints and (fresh is None or n in fresh)}
+    changing = {n: w for n, w in wanted.items() if w.refresh is not None or len(w.inputs)}
     change(changing.values(), seed)
     for name, workload in changing.items():
         progress(name)

@@ -201,7 +201,8 @@ class Race:
     def _block_worker(self, records: list[Record], plans: dict[str, GroupPlan], what: str, **fields: Any) -> dict[str, Any]:
         plan_of = {group: chosen.as_dict() for group, chosen in plans.items()}
         baseline = {r.case.id: r.baseline for r in records}
-        return self._worker("block", [r.case for r in records], what, plans=plan_of, baseline=baseline, **fields)
+        fresh = [r.case.id for r in records if not r.blocks]  # with changed inputs after timing: once is enough
+        return self._worker("block", [r.case for r in records], what, plans=plan_of, baseline=baseline, fresh=fresh, **fields)
 
     def _worker(self, kind: str, cases: list[Case], what: str, **fields: Any) -> dict[str, Any]:
         def tell(text):

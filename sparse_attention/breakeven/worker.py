@@ -132,7 +132,7 @@ def block(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
         if reason := _impossible(entry.workload, samples[entry.id], peak, clock):
             suspicious[entry.id] = reason
     honest = {entry.id: entry.workload for entry in entries if entry.id not in suspicious}
-    wrong = recheck(honest, job["seed"], lambda name: emit(case=name, doing=f"checking {name} again"))
+    wrong = recheck(honest, job["seed"], lambda name: emit(case=name, doing=f"checking {name} again"), job["fresh"])
     for name, error in wrong.items():
         (suspicious if isinstance(error, Suspicious) else errors)[name] = f"after it was timed: {error}"
     return {
