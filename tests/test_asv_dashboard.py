@@ -182,3 +182,10 @@ def test_a_person_finds_the_step_and_its_graph(opened, address, wait, commits):
     assert min(values[FIRST:]) > 1.2 * max(values[:FIRST])
     errors = [entry for entry in opened.get_log("browser") if entry["level"] == "SEVERE"]
     assert [entry for entry in errors if entry["source"] != "network"] == [], "asv asks for summaries of tracks without results too"
+
+
+def test_the_shipped_history_has_ten_commits_of_this_project():
+    stored = [json.loads(path.read_text()) for path in (ROOT / "perf/results/cpu-zen4-2c").glob("*-*.json")]
+    assert len({run["commit_hash"] for run in stored if "results" in run}) >= 10
+    ratios = "bench_break_even.BreakEven.track_time_ratio"
+    assert sum(ratios in run["results"] for run in stored) >= 10
