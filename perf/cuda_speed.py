@@ -11,7 +11,6 @@ import sys
 from statistics import median
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sparse_attention import BigBird, BlockSparse, Causal, Dense, Dilated, Longformer, LogSparse, MultiScale, SlidingWindow, baselines
 from sparse_attention import attention, cuda_tables
@@ -65,19 +64,6 @@ def medians(calls: dict, clock: CudaClock, turns: int = 15) -> dict[str, float]:
     return {name: median(values) for name, values in times.items()}
 
 
-def best_dense(q, k, v, causal):
-    """SDPA by cuDNN, the fastest on Hopper; by flash where that cannot run."""
-
-    def on(backend):
-        def call():
-            with sdpa_kernel(backend):
-                return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
-
-        return call
-
-    return {"cudnn": on(SDPBackend.CUDNN_ATTENTION), "flash": on(SDPBackend.FLASH_ATTENTION)}
-
-
 def main() -> None:
     clock = CudaClock()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
@@ -92,7 +78,8 @@ def main() -> None:
             if "flex" in rivals:
                 calls["flex"] = baselines.flex(q, k, v, pattern)
             if "dense" in rivals:
-                calls |= best_dense(q, k, v, not isinstance(pattern, Dense))
+                dense = baselines.dense(q, k, v, causal=not isinstance(pattern, Dense))
+                calls |= {name: dense[f"sdpa {name}_attention"] for name in ("cudnn", "flash")}
             found = medians(calls, clock)
         layout = cuda_tables.best_layout(pattern, length, length, heads, head_dim)
         useful, computed = (4 * head_dim * n for n in (layout.counts.pairs, layout.counts.visited * layout.tile_q * layout.tile_k))

@@ -36,7 +36,7 @@ TIERS = {
     "avx512": [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512cd"],
 }
 
-_STILL_WORKS = "impl='dense' and impl='reference' work without compiled kernels."
+STILL_WORKS = "impl='dense' and impl='reference' work without compiled kernels."
 
 
 class BuildError(RuntimeError):
@@ -66,7 +66,7 @@ def load(path: Path) -> ModuleType:
         module = importlib.util.module_from_spec(spec)
         loader.exec_module(module)
     except ImportError as error:
-        raise BuildError(f"{path} does not load ({error}); delete it to compile it again. {_STILL_WORKS}") from error
+        raise BuildError(f"{path} does not load ({error}); delete it to compile it again. {STILL_WORKS}") from error
     return module
 
 
@@ -92,7 +92,7 @@ def built(name: str, what_for: str, ninja_file: Callable[[str], str]) -> Path:
     except OSError as error:
         raise BuildError(
             f"cannot write the compiled kernels to {folder} ({error}); set SPARSE_ATTENTION_CACHE to a writable folder. "
-            f"{_STILL_WORKS}"
+            f"{STILL_WORKS}"
         ) from error
     return path
 
@@ -121,7 +121,7 @@ def key() -> str:
     """What a library depends on, as a short hash: sources, flags, torch, Python's ABI and the instruction set."""
     digest = hashlib.sha256()
     facts = [torch.__version__, sysconfig.get_config_var("SOABI") or sys.implementation.cache_tag, tier()]
-    for text in facts + FLAGS + TIERS[tier()] + _compiler():
+    for text in facts + FLAGS + TIERS[tier()] + compiler():
         digest.update(text.encode() + b"\0")
     root = source_folder()
     for path in _sources(root, "*.h") + _sources(root, "*.cpp"):
@@ -136,14 +136,15 @@ def source_folder() -> Path:
     for folder in (package / "csrc", package.parent / "csrc"):
         if (folder / "bindings.cpp").exists():
             return folder
-    raise BuildError(f"no csrc folder in {package} or beside it: the installation is incomplete. {_STILL_WORKS}")
+    raise BuildError(f"no csrc folder in {package} or beside it: the installation is incomplete. {STILL_WORKS}")
 
 
 def _sources(root: Path, pattern: str) -> list[Path]:
     return sorted(root.glob(pattern)) + sorted((root / "cpu").glob(pattern))
 
 
-def _compiler() -> list[str]:
+def compiler() -> list[str]:
+    """The C++ compiler: CXX, or c++."""
     return shlex.split(os.environ.get("CXX") or "c++")
 
 
@@ -163,22 +164,22 @@ def _compile(path: Path, what_for: str, ninja_file: Callable[[str], str]) -> Non
             if line.startswith("sparse_attention: "):
                 print(line, end="", file=sys.stderr, flush=True)
         if process.wait() != 0:
-            raise BuildError(f"compiling the kernels failed; the compiler said:\n{''.join(output[-40:])}{_STILL_WORKS}")
+            raise BuildError(f"compiling the kernels failed; the compiler said:\n{''.join(output[-40:])}{STILL_WORKS}")
         os.replace(Path(folder) / path.name, path)
 
 
 def _find_tools() -> str:
     """The path of ninja. Raises BuildError unless it and the compiler are there."""
-    if shutil.which(_compiler()[0]) is None:
+    if shutil.which(compiler()[0]) is None:
         raise BuildError(
-            f"no C++ compiler: {_compiler()[0]!r} is not on the PATH. Install one (Debian and Ubuntu: apt install g++; "
-            f"Fedora: dnf install gcc-c++; conda: conda install cxx-compiler) or point CXX at yours. {_STILL_WORKS}"
+            f"no C++ compiler: {compiler()[0]!r} is not on the PATH. Install one (Debian and Ubuntu: apt install g++; "
+            f"Fedora: dnf install gcc-c++; conda: conda install cxx-compiler) or point CXX at yours. {STILL_WORKS}"
         )
     headers = Path(sysconfig.get_paths()["include"])
     if not (headers / "Python.h").exists():
         raise BuildError(
             f"no Python headers: {headers} holds no Python.h. Install them (Debian and Ubuntu: apt install python3-dev; Fedora: "
-            f"dnf install python3-devel). {_STILL_WORKS}"
+            f"dnf install python3-devel). {STILL_WORKS}"
         )
     try:
         from ninja import BIN_DIR
@@ -187,22 +188,22 @@ def _find_tools() -> str:
     found = shutil.which("ninja", path=BIN_DIR) if BIN_DIR else None
     found = found or shutil.which("ninja")
     if found is None:
-        raise BuildError(f"no ninja: install it with `pip install ninja`. {_STILL_WORKS}")
+        raise BuildError(f"no ninja: install it with `pip install ninja`. {STILL_WORKS}")
     return found
 
 
 def _ninja_file(target: str) -> str:
     from torch.utils.cpp_extension import include_paths, library_paths
 
-    compiler = shlex.join(_compiler())
+    command = shlex.join(compiler())
     includes = [f"-isystem{path}" for path in [*include_paths(), sysconfig.get_paths()["include"]]]
     flags = [*FLAGS, *TIERS[tier()], f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}", *includes]
     # Linked without -fopenmp: its symbols come with libtorch_cpu, so torch and the kernels share one pool of threads.
     link = [f"-L{path}" for path in library_paths()] + ["-ltorch_python", "-ltorch_cpu", "-ltorch", "-lc10"]
     if _is_clang():  # its OpenMP calls are in no library of torch's
         link.append("-fopenmp")
-    rules = {"compile": f"{compiler} {escape(shlex.join(flags))} -c $in -o $out"}
-    rules["link"] = f"{compiler} -shared $in -o $out {escape(shlex.join(link))}"
+    rules = {"compile": f"{command} {escape(shlex.join(flags))} -c $in -o $out"}
+    rules["link"] = f"{command} -shared $in -o $out {escape(shlex.join(link))}"
     return ninja_text(target, rules, [("compile", source) for source in _sources(source_folder(), "*.cpp")])
 
 
@@ -224,5 +225,5 @@ def escape(text: str) -> str:
 
 
 def _is_clang() -> bool:
-    version = subprocess.run([*_compiler(), "--version"], capture_output=True, text=True)
+    version = subprocess.run([*compiler(), "--version"], capture_output=True, text=True)
     return "clang" in version.stdout

@@ -18,14 +18,13 @@ from types import ModuleType
 
 import torch
 
-from sparse_attention._build import BuildError, built, escape, load, ninja_text, source_folder
+from sparse_attention._build import STILL_WORKS, BuildError, built, compiler, escape, load, ninja_text, source_folder
 
 # Infinities mean something here; what --use_fast_math would add is written out in the kernels.
 FLAGS = ["-std=c++17", "-O3", "--ftz=true", "--prec-div=false", "-Xcompiler=-fPIC", "-Xcompiler=-fvisibility=hidden"]
 HOST_FLAGS = ["-O2", "-std=c++20", "-fPIC", "-fvisibility=hidden"]
 TARGETS = {(9, 0): "arch=compute_90a,code=sm_90a"}  # compute capability -> nvcc's target
 
-_STILL_WORKS = "impl='dense' and impl='reference' work without compiled kernels."
 _loading = threading.Lock()
 
 
@@ -49,7 +48,7 @@ def nvcc() -> str:
         if found:
             return found
     where = f"in {home}/bin (CUDA_HOME)" if home else "on the PATH or in /usr/local/cuda/bin"
-    raise BuildError(f"no nvcc {where}: install the CUDA toolkit of torch's version ({torch.version.cuda}) or set CUDA_HOME. {_STILL_WORKS}")
+    raise BuildError(f"no nvcc {where}: install the CUDA toolkit of torch's version ({torch.version.cuda}) or set CUDA_HOME. {STILL_WORKS}")
 
 
 def sources() -> list[Path]:
@@ -79,11 +78,10 @@ def _ninja_file(target: str, capability: tuple[int, int]) -> str:
     from torch.utils.cpp_extension import include_paths, library_paths
 
     home = Path(nvcc()).resolve().parents[1]
-    compiler = shlex.split(os.environ.get("CXX") or "c++")
     paths = [*include_paths(), str(home / "include"), sysconfig.get_paths()["include"]]
-    host = [*compiler, *HOST_FLAGS, *(f"-isystem{path}" for path in paths), f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+    host = [*compiler(), *HOST_FLAGS, *(f"-isystem{path}" for path in paths), f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
     libraries = [*library_paths(), str(home / "lib64")]
-    link = [*compiler, "-shared", "$in", "-o", "$out", *(f"-L{path}" for path in libraries)]
+    link = [*compiler(), "-shared", "$in", "-o", "$out", *(f"-L{path}" for path in libraries)]
     link += ["-ltorch_python", "-ltorch_cuda", "-ltorch_cpu", "-ltorch", "-lc10_cuda", "-lc10", "-lcudart"]
     rules = {
         "device": f"{escape(shlex.join(compile_command(capability)))} -c $in -o $out",

@@ -110,10 +110,12 @@ def _plan(pattern: Pattern, sizes: Sizes, impl: str, threads: int) -> Plan:
     pattern.check(sizes.q_len, sizes.kv_len, sizes.heads)
     if impl not in IMPLS:
         raise ValueError(f"impl is {impl!r}; expected one of {', '.join(IMPLS)}")
-    obstacle = engine_obstacle(pattern, sizes, impl if impl == "gather" else "tile")
-    if impl in ("tile", "gather") and obstacle:
-        raise ValueError(f"impl is {impl!r}, but {obstacle}; use impl='dense' or impl='reference'")
+    if impl in ("dense", "reference"):
+        return Plan(pattern, sizes, impl, "asked for", {})
+    obstacle = engine_obstacle(pattern, sizes, "gather" if impl == "gather" else "tile")
     if impl != "auto":
+        if obstacle:
+            raise ValueError(f"impl is {impl!r}, but {obstacle}; use impl='dense' or impl='reference'")
         return Plan(pattern, sizes, impl, "asked for", {})
     if obstacle:
         return Plan(pattern, sizes, "dense", obstacle, {})

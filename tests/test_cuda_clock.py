@@ -85,9 +85,11 @@ def test_cold_in_a_graph_is_as_cold_as_without(clock):
     def copy():
         target.copy_(source)
 
-    alone, in_graph = median(clock, copy, 2), median(make("cuda-graph"), copy, 2)
+    graphs = make("cuda-graph")
+    turns = [(median(clock, copy, 2), median(graphs, copy, 2)) for _ in range(7)]  # in turn: the board's clock drifts meanwhile
+    alone, in_graph = (statistics.median(times) for times in zip(*turns))
     print(f"eager {1e6 * alone:.1f} us, graph {1e6 * in_graph:.1f} us")
-    assert alone / 1.5 < in_graph < 1.5 * alone  # warm it would take less than half
+    assert in_graph == pytest.approx(alone, rel=0.1)
 
 
 def test_nvml_is_plausible(clock, product):
