@@ -88,5 +88,5 @@ def _ninja_file(target: str, capability: tuple[int, int]) -> str:
         "host": f"{escape(shlex.join(host))} -c $in -o $out",
         "link": " ".join(link),
     }
-    bindings = source_folder() / "cuda" / "bindings.cpp"
-    return ninja_text(target, rules, [*(("device", source) for source in sources()), ("host", bindings)])
+    bindings = sorted((source_folder() / "cuda").rglob("*.cpp"))
+    return ninja_text(target, rules, [*(("device", source) for source in sources()), *(("host", source) for source in bindings)])

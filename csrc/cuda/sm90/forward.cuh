@@ -1,25 +1,10 @@
 // Forward over a layout's tiles on Hopper: one warp copies tiles in with the tensor copy engine, two warpgroups of 64 queries
 // each multiply and keep the softmax. A block takes query tiles of 128 from a list until none is left.
 #pragma once
-#include "forward.h"
+#include "../tile.h"
 #include "ptx.h"
 
 namespace sparse_attention::sm90 {
-
-// One query tile: the rows q_first + stride * s of `head`, s from 128 * tile on, and the row of the layout with their key tiles.
-struct Work {
-  int32_t head, row, tile;
-  int32_t q_residue, q_step, k_residue, k_step;  // where the view begins in the maps below: coordinates (residue, step)
-  int32_t q_first, stride, q_count;
-  int32_t q_long, k_long;  // whether these residues are among those with one step more: which map holds them
-};
-static_assert(sizeof(Work) == 12 * sizeof(int32_t), "an item of work is a row of an int32 tensor");
-
-// `count` consecutive key tiles; mask: kFull, or the number of a mask, with kDead if these tiles hold keys that no query sees.
-struct Run {
-  int32_t first, count, mask;
-};
-constexpr int kLast = 1 << 30, kDead = 1 << 29, kFull = kDead - 1;
 
 // Maps of (column, residue, step, head, batch). Sequences of stride d have floor or ceil(N / d) steps: one map for each kind,
 // so that nothing past the end of a tensor is read or written.

@@ -1,14 +1,14 @@
-// Between Python and the CUDA engines: checks, allocation, and the params. The only file here that includes torch.
+// Between Python and the tile engine: checks, allocation, and the params.
 #include <ATen/ATen.h>
 #include <ATen/cuda/CUDAContext.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
-#include <torch/csrc/utils/pybind.h>
 
 #include <tuple>
 #include <vector>
 
-#include "sm90/forward.h"
+#include "bindings.h"
+#include "tile.h"
 
 namespace sparse_attention::bindings {
 
@@ -39,7 +39,7 @@ Tensor copyable(const Tensor& x) {
   return good ? x : x.contiguous();
 }
 
-sm90::Strided strided(const Tensor& x) {
+Strided strided(const Tensor& x) {
   const auto stride = [&](int d) { return x.size(d) == 1 ? int64_t{8} : x.stride(d); };
   return {x.data_ptr(), stride(0), stride(1), stride(2)};
 }
@@ -72,7 +72,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q_in, const Tensor& k_in, const
   for (size_t n = 0; n < parts.size(); ++n) {
     const Part& part = parts[n];
     const bool first = n == 0, last = n + 1 == parts.size();
-    sm90::Forward f{strided(q), strided(k), strided(v), strided(out)};
+    Forward f{strided(q), strided(k), strided(v), strided(out)};
     f.partial = partial.defined() ? partial.data_ptr<float>() : nullptr;
     f.lse = lse.data_ptr<float>();
     f.work = part.work.data_ptr<int32_t>();
@@ -85,7 +85,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q_in, const Tensor& k_in, const
     f.batch = q.size(0), f.heads = q.size(1), f.kv_heads = k.size(1);
     f.q_len = q_len, f.kv_len = kv_len, f.head_dim = q.size(3);
     f.stride = part.stride, f.keys = keys;
-    f.merge = first ? (last ? sm90::kAlone : sm90::kFirstPart) : (last ? sm90::kLastPart : sm90::kMiddlePart);
+    f.merge = first ? (last ? kAlone : kFirstPart) : (last ? kLastPart : kMiddlePart);
     f.has_dead = part.has_dead;
     f.processors = part.starts.numel() - 1;
     f.scale = scale;
@@ -95,7 +95,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q_in, const Tensor& k_in, const
   return {out, lse};
 }
 
-PYBIND11_MODULE(_kernels, m) {
+void bind_tile(pybind11::module_& m) {
   pybind11::class_<Part>(m, "Part").def(
       pybind11::init<int64_t, bool, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&>());
   m.def("sm90_forward", &forward);

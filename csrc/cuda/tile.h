@@ -1,8 +1,8 @@
-// One part of a layout on one Hopper device, as plain C++ sees it.
+// One part of a layout on one device, as plain C++ and both tensor-core tiers see it.
 #pragma once
 #include <cstdint>
 
-namespace sparse_attention::sm90 {
+namespace sparse_attention {
 
 // Strides in elements: multiples of 8, and `data` aligned to 16 bytes; the last dimension is contiguous.
 struct Strided {
@@ -14,6 +14,21 @@ struct Strided {
 enum Merge : int32_t { kAlone, kFirstPart, kMiddlePart, kLastPart };
 
 constexpr int kTileQueries = 128;
+
+// One query tile: the rows q_first + stride * s of `head`, s from 128 * tile on, and the row of the layout with their key tiles.
+struct Work {
+  int32_t head, row, tile;
+  int32_t q_residue, q_step, k_residue, k_step;  // where the view begins: coordinates (residue, step)
+  int32_t q_first, stride, q_count;
+  int32_t q_long, k_long;  // whether these residues are among those with one step more: which map holds them
+};
+static_assert(sizeof(Work) == 12 * sizeof(int32_t), "an item of work is a row of an int32 tensor");
+
+// `count` consecutive key tiles; mask: kFull, or the number of a mask, with kDead if these tiles hold keys that no query sees.
+struct Run {
+  int32_t first, count, mask;
+};
+constexpr int kLast = 1 << 30, kDead = 1 << 29, kFull = kDead - 1;
 
 // Device pointers; sparse_attention/cuda_tables.py makes the tables.
 struct Forward {
@@ -32,8 +47,14 @@ struct Forward {
   float scale;  // above 0
 };
 
-// Both return a cudaError_t.
+// All return a cudaError_t.
+namespace sm90 {
 int forward_bf16(const Forward& f, void* stream);
 int forward_f16(const Forward& f, void* stream);
+}  // namespace sm90
+namespace sm80 {
+int forward_bf16(const Forward& f, void* stream);
+int forward_f16(const Forward& f, void* stream);
+}  // namespace sm80
 
-}  // namespace sparse_attention::sm90
+}  // namespace sparse_attention

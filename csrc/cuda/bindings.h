@@ -1,0 +1,9 @@
+// What each file of bindings adds to the module. Only these files and module.cpp include torch.
+#pragma once
+#include <torch/csrc/utils/pybind.h>
+
+namespace sparse_attention::bindings {
+
+void bind_tile(pybind11::module_& m);
+
+}  // namespace sparse_attention::bindings

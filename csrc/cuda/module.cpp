@@ -1,0 +1,4 @@
+// The module that Python imports.
+#include "bindings.h"
+
+PYBIND11_MODULE(_kernels, m) { sparse_attention::bindings::bind_tile(m); }
