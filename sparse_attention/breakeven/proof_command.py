@@ -10,7 +10,7 @@ from typing import Any
 
 from .case import load_list
 from .controls import Control, Outcome, run_controls
-from .machine import describe
+from .machine import default_threads, describe
 from .progress import Progress, Silent, duration
 from .proof import LEAST_BLOCKS, Injected, Proof, Session, analyse, load_sessions, policy_of_session, save, sessions_of
 from .proof_text import markdown, put, summary
@@ -23,10 +23,10 @@ BLOCKS = 60
 
 def add_command(command: Callable[..., Any], seconds: Callable[[str], float], positive: Callable[[str], int]) -> None:
     proof = command("proof", _proof, [], "false alarms, detection and refusals of the gate on real kernels: about 15 minutes")
-    proof.add_argument("--table", default="perf.proof", metavar="MODULE", help="holds INJECTED and CONTROLS")
-    proof.add_argument("--blocks", type=positive, default=BLOCKS, help="fresh processes a case; 22 at least")
+    proof.add_argument("--table", metavar="MODULE", help="holds INJECTED and CONTROLS: perf.proof, or perf.proof_cuda with a CUDA clock")
+    proof.add_argument("--blocks", type=positive, default=BLOCKS, help="fresh processes a case; 22 at least, 25 for bounds")
     proof.add_argument("--budget", type=seconds, default=14 * 60.0, metavar="TIME", help="for the blocks, such as 14m")
-    proof.add_argument("--threads", type=positive, default=1)
+    proof.add_argument("--threads", type=positive, help="1 unless given; all cores beside a GPU")
     proof.add_argument("--device", default="cpu", help="cpu, cuda, cuda-graph or the module:Class of a clock")
     proof.add_argument("--runs", type=positive, default=1000, help="gates drawn for each rate")
     proof.add_argument("--seed", type=int, default=0)
@@ -40,8 +40,10 @@ def add_command(command: Callable[..., Any], seconds: Callable[[str], float], po
 
 
 def _proof(options) -> int:
-    injected: Sequence[Injected] = load_list(options.table, "INJECTED")
-    controls: Sequence[Control] = load_list(options.table, "CONTROLS")
+    table = options.table or ("perf.proof_cuda" if options.device.startswith("cuda") else "perf.proof")
+    injected: Sequence[Injected] = load_list(table, "INJECTED")
+    controls: Sequence[Control] = load_list(table, "CONTROLS")
+    options.threads = options.threads or default_threads(options.device)
     if options.dry_run:
         return _say(options, injected, controls)
     progress = Silent() if options.quiet else Progress()

@@ -1,0 +1,141 @@
+"""What the proof runs on a GPU: kernels that compute some of their heads twice, in the same launch, and gates that must not say yes.
+
+A launch of a few more tiles costs a launch and a round of all multiprocessors, more than the slowdowns that are to be found. So the
+kernel is given more heads than the caller looks at, copies of the first ones; of many heads each is a percent of the work.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+
+from perf.cases import K
+from perf.proof import faulty_gate
+from sparse_attention import attention, baselines
+from sparse_attention.breakeven import Case, Unavailable, Workload
+from sparse_attention.breakeven.controls import Control
+from sparse_attention.breakeven.proof import Injected
+from sparse_attention.patterns import Lengths, Pattern, parse
+
+SLOWDOWNS = (0.0, 0.01, 0.02, 0.03, 0.05, 0.1, 0.5)
+HEADS, HEAD_DIM = 100, 128
+ROWS = 16  # of one head, drawn for each check
+
+
+def injected(name: str, pattern: str, length: int) -> Injected:
+    """A forward case of HEADS heads, and the same with shares of them computed twice."""
+    args = {"pattern": pattern, "length": length, "heads": HEADS}
+    plain = case(name, share=f"proof {name}", **args)
+    slowed = {x: case(f"{name} +{100 * x:g}%", share=plain.share, extra=round(x * HEADS), **args) for x in SLOWDOWNS}
+    return Injected(plain, slowed)
+
+
+def only(name: str, pattern: str, length: int, heads: int, causal: bool = True) -> Injected:
+    """A forward case for false alarms alone."""
+    return Injected(case(name, pattern=pattern, length=length, heads=heads, causal=causal), {})
+
+
+def case(name: str, share: str | None = None, **args) -> Case:
+    return Case(name, "perf.proof_cuda:forward", args, share=share)
+
+
+INJECTED = [
+    injected("window1024/16k", "SlidingWindow(1024)", 16 * K),
+    injected("window256/16k", "SlidingWindow(256)", 16 * K),
+    injected("dilated1024x4/16k", "Dilated(1024, 4)", 16 * K),
+    only("window1024/32k", "SlidingWindow(1024)", 32 * K, 16),
+    only("window256/4k", "SlidingWindow(256)", 4 * K, 16),
+    only("strided128/16k", "Strided(128)", 16 * K, 16),
+    only("bigbird/16k", "BigBird()", 16 * K, 16, causal=False),
+    only("longformer512/16k", "Longformer(512, 4)", 16 * K, 16, causal=False),
+]
+
+
+def forward(pattern: str, length: int, heads: int, extra: int = 0, causal: bool = True) -> Workload:
+    """Attention in bfloat16 against the best SDPA that needs no compiling; the first `extra` heads are computed twice."""
+    if not torch.cuda.is_available():
+        raise Unavailable("needs a CUDA device")
+    made = _tensors(heads, length)
+    q, k, v = made.seen
+    more = [x[:, : heads + extra] for x in made.all]
+    chosen = parse(pattern)
+
+    def candidate():
+        with torch.no_grad():
+            return attention(*more, chosen, impl="tile")[:, :heads]
+
+    return Workload(
+        candidate,
+        dense(q, k, v, causal),
+        check=lambda out: check(out, q, k, v, chosen),
+        inputs=(q, k, v),
+        refresh=made.draw,
+        note=f"{extra} of {heads} heads twice",
+    )
+
+
+def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> dict[str, baselines.Call]:
+    """What need not be compiled: that takes longer than all else in a block."""
+    return {name: call for name, call in baselines.dense(q, k, v, causal=causal).items() if name != baselines.COMPILED}
+
+
+class _Tensors:
+    """q, k and v [1, heads, length, HEAD_DIM], `seen` by the caller, and `all`, with copies of the first half of the heads behind."""
+
+    def __init__(self, heads: int, length: int):
+        shape = (1, heads + heads // 2, length, HEAD_DIM)
+        self.all = [torch.empty(shape, dtype=torch.bfloat16, device="cuda") for _ in range(3)]
+        self.seen = tuple(x[:, :heads] for x in self.all)
+        self.draw(0)
+
+    def draw(self, seed: int) -> None:
+        generator = torch.Generator("cuda").manual_seed(seed)
+        for x, seen in zip(self.all, self.seen):
+            seen.normal_(generator=generator)
+            x[:, seen.shape[1] :] = seen[:, : x.shape[1] - seen.shape[1]]
+
+
+_tensors = functools.cache(_Tensors)
+
+
+def check(out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern) -> None:
+    """AssertionError unless some rows of a head, drawn anew, are off by at most twice PyTorch's own error. On the GPU, for speed."""
+    assert out.shape == q.shape and torch.isfinite(out).all(), "the output must be finite, and of the shape of q"
+    head, lengths = int(torch.randint(q.shape[1], ())), Lengths(q.shape[2], k.shape[2])
+    rows = torch.randint(q.shape[2], (ROWS,))
+    mask = pattern.for_head(head).allows(rows[:, None], torch.arange(k.shape[2])[None], lengths).to(q.device)
+    rows = rows.to(q.device)
+    one = q[:, head : head + 1, rows], k[:, head : head + 1], v[:, head : head + 1]
+    exact = F.scaled_dot_product_attention(*(x.double() for x in one), attn_mask=mask)
+    usual = (F.scaled_dot_product_attention(*one, attn_mask=mask).double() - exact).abs().max()
+    error = (out[:, head : head + 1, rows].double() - exact).abs().max()
+    allowed = 2 * usual + torch.finfo(out.dtype).eps * exact.abs().max()
+    assert error <= allowed, f"head {head} is off by {float(error):.2e}; PyTorch's own error is {float(usual):.2e}"
+
+
+SIZES = {"length": 8 * K, "heads": 16}
+FAULTY = {"batch": 1, "heads": 16, "kv_heads": 16, "q_len": 8 * K, "kv_len": 8 * K, "head_dim": HEAD_DIM, "dtype": "bfloat16"}
+BROKEN = [
+    Case("dense", "perf.proof:faulty", {"fault": "dense", **FAULTY}, floor=1.05),
+    *(Case(fault, "perf.proof:faulty", {"fault": fault, **FAULTY}) for fault in ("zeros", "yesterday", "cached", "impossible")),
+    Case("side-stream", "perf.proof:side_stream", FAULTY),
+    case("sound", pattern="SlidingWindow(256)", **SIZES),
+]
+
+
+def gate(name: str) -> tuple[str, ...]:
+    return faulty_gate("--cases", name, "--device", "cuda", table="perf.proof_cuda:BROKEN")
+
+
+CONTROLS = [
+    Control("the candidate is dense, at floor 1.05", gate("dense"), (10,), "dense .*FAIL"),
+    Control("a kernel that returns zeros", gate("zeros"), (1,), "WRONG: AssertionError"),
+    Control("a kernel that returns yesterday's output", gate("yesterday"), (1,), "SUSPICIOUS: its output stayed"),
+    Control("a kernel that returns its cached tensor", gate("cached"), (1,), "SUSPICIOUS: it returned the memory"),
+    Control("a kernel too fast for the machine", gate("impossible"), (1,), "SUSPICIOUS: faster than this machine"),
+    Control("a kernel on a side stream", gate("side-stream"), (1,), "SUSPICIOUS: work on another stream"),
+    Control("a sound kernel", gate("sound"), (0,), "sound .*PASS"),
+    Control("a renamed case", gate("renamed"), (13,), "no case .* matches 'renamed'"),
+]
