@@ -22,6 +22,7 @@ from sparse_attention.patterns import Lengths, Pattern, parse
 SLOWDOWNS = (0.0, 0.01, 0.02, 0.03, 0.05, 0.1, 0.5)
 HEADS, HEAD_DIM = 100, 128
 ROWS = 16  # of one head, drawn for each check
+FIRST_SEED = 1 << 32  # none that changes the tensors
 
 
 def injected(name: str, pattern: str, length: int) -> Injected:
@@ -42,9 +43,9 @@ def case(name: str, share: str | None = None, **args) -> Case:
 
 
 INJECTED = [
-    injected("window1024/16k", "SlidingWindow(1024)", 16 * K),
     injected("window256/16k", "SlidingWindow(256)", 16 * K),
     injected("dilated1024x4/16k", "Dilated(1024, 4)", 16 * K),
+    only("window1024/16k", "SlidingWindow(1024)", 16 * K, 16),
     only("window1024/32k", "SlidingWindow(1024)", 32 * K, 16),
     only("window256/4k", "SlidingWindow(256)", 4 * K, 16),
     only("strided128/16k", "Strided(128)", 16 * K, 16),
@@ -77,7 +78,7 @@ def forward(pattern: str, length: int, heads: int, extra: int = 0, causal: bool 
 
 
 def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> dict[str, baselines.Call]:
-    """What need not be compiled: that takes longer than all else in a block."""
+    """SDPA but for the compiled one: compiling takes longer than all else in a block."""
     return {name: call for name, call in baselines.dense(q, k, v, causal=causal).items() if name != baselines.COMPILED}
 
 
@@ -88,7 +89,7 @@ class _Tensors:
         shape = (1, heads + heads // 2, length, HEAD_DIM)
         self.all = [torch.empty(shape, dtype=torch.bfloat16, device="cuda") for _ in range(3)]
         self.seen = tuple(x[:, :heads] for x in self.all)
-        self.draw(0)
+        self.draw(FIRST_SEED)
 
     def draw(self, seed: int) -> None:
         generator = torch.Generator("cuda").manual_seed(seed)

@@ -5,6 +5,7 @@ q, k, v: [batch, heads, seq, head_dim] as for `attention`; k and v may have fewe
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Mapping
 
@@ -43,7 +44,8 @@ def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool, ma
     for backend in _further_backends(q, k):
         ways[f"sdpa {backend.name.lower()}"] = _on(backend, sdpa)
     if q.is_cuda or (os.environ.get(COMPILED_FLAG) == "1" and not q.requires_grad):
-        ways[COMPILED] = torch.compile(sdpa, dynamic=False)
+        compiled = functools.cache(lambda: torch.compile(sdpa, dynamic=False))  # seconds, so not before it is called
+        ways[COMPILED] = lambda: compiled()()
     return ways
 
 

@@ -186,7 +186,14 @@ def test_work_on_a_side_stream_is_seen(monkeypatch):
         cuda.now += LAUNCH_S
         cuda.aside += 1e-3
 
+    def aside_but_slow_at_first():
+        cuda.now += LAUNCH_S if ready else 1.0
+        cuda.aside += 1e-3 if ready else 0.9e-3
+        ready.append(True)
+
+    ready = []
     assert "another stream" in suspicion.left_running(aside, clock(cuda))
+    assert "another stream" in suspicion.left_running(aside_but_slow_at_first, clock(cuda))
     assert suspicion.left_running(lambda: cuda.work("honest", 1e-3), clock(cuda)) == ""
 
 
