@@ -5,5 +5,6 @@
 namespace sparse_attention::bindings {
 
 void bind_tile(pybind11::module_& m);
+void bind_gather(pybind11::module_& m);
 
 }  // namespace sparse_attention::bindings

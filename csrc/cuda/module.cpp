@@ -1,4 +1,7 @@
 // The module that Python imports.
 #include "bindings.h"
 
-PYBIND11_MODULE(_kernels, m) { sparse_attention::bindings::bind_tile(m); }
+PYBIND11_MODULE(_kernels, m) {
+  sparse_attention::bindings::bind_tile(m);
+  sparse_attention::bindings::bind_gather(m);
+}
