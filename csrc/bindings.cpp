@@ -1,4 +1,4 @@
-// Between Python and the engines: checks, allocation, and the params. The only file that includes torch.
+// Between Python and the engines: checks, allocation, and the params. Only this file and eagle_bindings.cpp include torch.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -205,6 +205,10 @@ std::tuple<Tensor, Tensor, Tensor> gather_backward(const Tensor& dout, const std
 
 }  // namespace sparse_attention::bindings
 
+namespace sparse_attention::bindings {
+void bind_eagle(py::module_&);  // eagle_bindings.cpp
+}
+
 PYBIND11_MODULE(_kernels, m) {
   namespace sa = sparse_attention::bindings;
   // module_local: libraries of two revisions can be loaded side by side.
@@ -216,4 +220,5 @@ PYBIND11_MODULE(_kernels, m) {
   m.def("tile_backward", &sa::tile_backward);
   m.def("gather_forward", &sa::gather_forward);
   m.def("gather_backward", &sa::gather_backward);
+  sa::bind_eagle(m);
 }

@@ -36,7 +36,7 @@ def _cuda(device: torch.device) -> object:
     from sparse_attention import _build_cuda
 
     capability = torch.cuda.get_device_capability(device)
-    if capability not in _build_cuda.TARGETS:
+    if _build_cuda.obstacle(capability):
         return None
     try:
         return _build_cuda.kernels(capability)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -82,17 +82,20 @@ class Walks:
         self.paths: list[list[int]] = []
         self.predicts: list[list[int]] = []
 
-    def walk(self, b: int, choose: Callable[[int, list[int]], int | None]) -> list[int]:
+    def walk(self, b: int, choose: Callable[[int, Iterator[int]], int | None]) -> list[int]:
         """The path from the root on which choose(node, children) gives the next node, until it gives None."""
         nodes = len(self.tokens[b])
         path, steps = [0], 0
-        while len(path) < self.columns:
-            children, child = [], self.first_child[b][path[-1]]
+
+        def children(child: int) -> Iterator[int]:
+            nonlocal steps
             while 0 <= child < nodes and steps < nodes:
-                children.append(child)
-                child = self.next_sibling[b][child]
                 steps += 1
-            chosen = choose(path[-1], children)
+                yield child
+                child = self.next_sibling[b][child]
+
+        while len(path) < self.columns:
+            chosen = choose(path[-1], children(self.first_child[b][path[-1]]))
             if chosen is None:
                 break
             path.append(chosen)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -107,7 +109,7 @@ def _reference(
         tokens, used = walks.tokens[b], 0
         rejected: list[int] = []
 
-        def choose(node: int, children: list[int], b=b, own=own, tokens=tokens, rejected=rejected) -> int | None:
+        def choose(node: int, children: Iterator[int], b=b, own=own, tokens=tokens, rejected=rejected) -> int | None:
             nonlocal used
             p = _usable(target_probs[b, node].double().cpu())
             rejected.clear()
@@ -128,8 +130,12 @@ def _reference(
                     rejected.clear()
                     return child
                 rejected.append(token)
+                if rule == "target_only":
+                    continue
+                if checked:
+                    _refuse_probs(at("target_probs", (b, node)), target_probs[b, node])
                 left = float(p.sum()) - float(p[[t for t in set(rejected) if 0 <= t < vocab]].sum())
-                if rule == "upstream" and left <= 0:
+                if left <= 0:
                     return None
             return None
 
