@@ -7,7 +7,7 @@ out="${OUT:-/tmp/cuda_check}"
 mkdir -p "$out"
 export PYTHONUNBUFFERED=1 PYTHONPATH=.
 nvidia-smi --query-gpu=name,driver_version,clocks.sm,power.draw --format=csv,noheader
-python3 -m pytest -q -p no:cacheprovider tests/test_cuda.py tests/test_cuda_clock.py >"$out/tests.log" 2>&1
+python3 -m pytest -q -p no:cacheprovider tests -m cuda >"$out/tests.log" 2>&1
 code=$?
 tail -15 "$out/tests.log"
 python3 perf/cuda_speed.py "$@" 2>&1 | tee "$out/speed.txt"

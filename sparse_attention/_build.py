@@ -212,7 +212,7 @@ def ninja_text(target: str, rules: dict[str, str], sources: list[tuple[str, Path
     lines = [f"rule {name}\n  command = {command}\n  description = $desc" for name, command in rules.items()]
     objects = []
     for rule, source in sources:
-        objects.append(f"{source.stem}.o")
+        objects.append(f"{source.parent.name}-{source.stem}.o")
         path = escape(str(source)).replace(" ", "$ ").replace(":", "$:")
         lines.append(f"build {objects[-1]}: {rule} {path}\n  desc = {source.name}")
     lines.append(f"build {target}: link {' '.join(objects)}\n  desc = {target}")

@@ -1,6 +1,8 @@
 """Compiles csrc/cuda with nvcc at first use, for the device present. The kernels hold no torch; only the bindings do.
 
 `CUDA_HOME` names the toolkit (default: what `nvcc` on the PATH belongs to, or /usr/local/cuda).
+`SPARSE_ATTENTION_CUDA` is `sm90` or `sm80`, for a tile engine that uses less than the device has; it is read when a call is first
+planned.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from sparse_attention._build import STILL_WORKS, BuildError, built, compiler, es
 # Infinities mean something here; what --use_fast_math would add is written out in the kernels.
 FLAGS = ["-std=c++17", "-O3", "--ftz=true", "--prec-div=false", "-Xcompiler=-fPIC", "-Xcompiler=-fvisibility=hidden"]
 HOST_FLAGS = ["-O2", "-std=c++20", "-fPIC", "-fvisibility=hidden"]
-TARGETS = {(9, 0): "arch=compute_90a,code=sm_90a"}  # compute capability -> nvcc's target
+TIERS = ("sm90", "sm80")  # of the tile engine, the fastest first: for compute capability 9.0, for 8.0 and later
 
 _loading = threading.Lock()
 
@@ -51,14 +53,41 @@ def nvcc() -> str:
     raise BuildError(f"no nvcc {where}: install the CUDA toolkit of torch's version ({torch.version.cuda}) or set CUDA_HOME. {STILL_WORKS}")
 
 
-def sources() -> list[Path]:
+def obstacle(capability: tuple[int, int]) -> str | None:
+    """Why there are no CUDA kernels for devices of this compute capability, or None."""
+    if capability < (8, 0):
+        return f"the device has compute capability {capability[0]}.{capability[1]} and the CUDA engines are written for 8.0 and later"
+    try:
+        nvcc()
+    except BuildError as error:
+        return f"the CUDA engines cannot be compiled here ({error})"
+    return None
+
+
+def tiers(capability: tuple[int, int]) -> list[str]:
+    """The tiers of the tile engine that such a device runs, the fastest first."""
+    return [tier for tier in TIERS if tier != "sm90" or capability == (9, 0)]
+
+
+def tier(capability: tuple[int, int]) -> str:
+    """The tier to run: the device's fastest, or SPARSE_ATTENTION_CUDA."""
+    possible = tiers(capability)
+    chosen = os.environ.get("SPARSE_ATTENTION_CUDA") or possible[0]
+    if chosen not in possible:
+        raise ValueError(f"SPARSE_ATTENTION_CUDA is {chosen!r}, expected one of what this device runs: {', '.join(possible)}")
+    return chosen
+
+
+def sources(capability: tuple[int, int]) -> list[Path]:
     """Device code: no torch, so that nvcc alone compiles it."""
-    return sorted((source_folder() / "cuda").rglob("*.cu"))
+    others = set(TIERS) - set(tiers(capability))
+    return sorted(path for path in (source_folder() / "cuda").rglob("*.cu") if path.parent.name not in others)
 
 
 def compile_command(capability: tuple[int, int]) -> list[str]:
     """nvcc and its flags, without files."""
-    return [nvcc(), *FLAGS, "-gencode", TARGETS[capability]]
+    number = f"{capability[0]}{capability[1]}{'a' * ('sm90' in tiers(capability))}"
+    return [nvcc(), *FLAGS, "-gencode", f"arch=compute_{number},code=sm_{number}"]
 
 
 def key(capability: tuple[int, int]) -> str:
@@ -80,6 +109,7 @@ def _ninja_file(target: str, capability: tuple[int, int]) -> str:
     home = Path(nvcc()).resolve().parents[1]
     paths = [*include_paths(), str(home / "include"), sysconfig.get_paths()["include"]]
     host = [*compiler(), *HOST_FLAGS, *(f"-isystem{path}" for path in paths), f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+    host += [f"-DSPARSE_ATTENTION_{name.upper()}" for name in tiers(capability)]
     libraries = [*library_paths(), str(home / "lib64")]
     link = [*compiler(), "-shared", "$in", "-o", "$out", *(f"-L{path}" for path in libraries)]
     link += ["-ltorch_python", "-ltorch_cuda", "-ltorch_cpu", "-ltorch", "-lc10_cuda", "-lc10", "-lcudart"]
@@ -89,4 +119,4 @@ def _ninja_file(target: str, capability: tuple[int, int]) -> str:
         "link": " ".join(link),
     }
     bindings = sorted((source_folder() / "cuda").rglob("*.cpp"))
-    return ninja_text(target, rules, [*(("device", source) for source in sources()), *(("host", source) for source in bindings)])
+    return ninja_text(target, rules, [*(("device", source) for source in sources(capability)), *(("host", source) for source in bindings)])

@@ -100,7 +100,7 @@ def plan(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, *, impl: str = "auto
     check_tensors(q, k, v)
     check_call(q, k, v, pattern, impl)
     check_strides(q, k, v)
-    return dispatch.plan(pattern, dispatch.Sizes.of(q, k), impl)
+    return dispatch.plan(pattern.frozen(), dispatch.Sizes.of(q, k), impl)
 
 
 def explain(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, *, impl: str = "auto") -> str:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
-from sparse_attention.cost import count
-from sparse_attention.patterns.base import Pattern
+from sparse_attention import _build_cuda
+from sparse_attention.cost import count, scattered
+from sparse_attention.patterns.base import Pattern, Tile
 from sparse_attention.rows import Rows
+from sparse_attention.rows import rows as rows_of
 
 if TYPE_CHECKING:
     from sparse_attention.dispatch import Sizes
@@ -34,11 +37,43 @@ class Tables(NamedTuple):
 
 def obstacle(pattern: Pattern, q_len: int, kv_len: int, heads: int) -> str | None:
     """Why the gather engine on CUDA cannot run a pattern at these sizes, or None."""
-    variants = {pattern.for_head(head) for head in range(heads)}
-    pairs = sum(count(variant, q_len, kv_len, 1)[0] for variant in variants)
-    if pairs > PAIRS:
-        return f"its lists hold {pairs:,} keys and the gather engine on CUDA takes up to {PAIRS:,} (2^{PAIRS.bit_length() - 1})"
+    listed, _ = pairs(pattern, q_len, kv_len, heads)
+    if listed > PAIRS:
+        return f"its lists would hold {listed:,} keys and the gather engine on CUDA takes up to {PAIRS:,} (512 MiB)"
     return None
+
+
+def pairs(pattern: Pattern, q_len: int, kv_len: int, heads: int) -> tuple[int, int]:
+    """Pairs in the lists of all distinct heads, and pairs of all heads."""
+    if scattered(pattern):
+        found = rows_of(pattern, q_len, kv_len, heads)
+        counts = np.diff(found.row_start.numpy()[::q_len])
+        return int(counts.sum()), int(counts[found.head_variant.numpy()].sum())
+    variants = [pattern.for_head(head) for head in range(heads)]
+    counts = {variant: count(variant, q_len, kv_len, 1)[0] for variant in variants}
+    return sum(counts.values()), sum(counts[variant] for variant in variants)
+
+
+def touched(pattern: Pattern, q_len: int, kv_len: int, heads: int, tile: Tile) -> int:
+    """Tiles of all heads that hold a pair of a scattered pattern: what its layout would count, without making it."""
+    found = rows_of(pattern, q_len, kv_len, heads)
+    start, q_tiles, kv_tiles = found.row_start.numpy(), -(-q_len // tile.q), -(-kv_len // tile.k)
+    row = np.arange(start.size - 1)
+    row = np.repeat(row // q_len * q_tiles + row % q_len // tile.q, np.diff(start))
+    tiles = np.unique(row * kv_tiles + found.columns.numpy() // tile.k)
+    return int(np.bincount(found.head_variant.numpy())[tiles // (q_tiles * kv_tiles)].sum())
+
+
+def forward(rows: Rows, sizes: Sizes, device: torch.device) -> tuple[Callable, int]:
+    """(q, k, v, scale) -> (out, lse), and how many bytes it keeps."""
+    native = _build_cuda.kernels(torch.cuda.get_device_capability(device))
+    made = tables(rows, sizes, device, torch.cuda.get_device_properties(device).multi_processor_count)
+    table, launch = native.Rows(*made, sizes.q_len, sizes.kv_len), native.gather_forward
+
+    def run(q, k, v, scale):
+        return launch(q, k, v, table, scale)
+
+    return run, 2 * rows.nbytes
 
 
 def tables(rows: Rows, sizes: Sizes, device: torch.device, processors: int) -> Tables:

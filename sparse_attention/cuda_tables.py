@@ -1,4 +1,4 @@
-"""A layout as the CUDA engines read it: work items, runs and masks, on the device. csrc/cuda/sm90/forward.cuh says what they mean."""
+"""A layout as the CUDA engines read it: work items, runs and masks, on the device. csrc/cuda/tile.h says what they mean."""
 
 from __future__ import annotations
 
@@ -18,12 +18,17 @@ SECTION = 4  # heads whose keys and values should stay in the L2 cache together
 LONG = 4  # rows so many times as long as the mean go first, whatever their head: they may last as long as all others together
 BETWEEN = 1.5  # what a query tile costs beside its key tiles, in key tiles
 DEAD, FULL = 1 << 29, (1 << 29) - 1  # marks of a run: see kDead and kFull
+ALONE, FIRST, MIDDLE, LAST = range(4)  # see enum Merge
 
 
 class Part(NamedTuple):
-    """One part of a layout. stride: of its sequences. has_dead: whether some run holds keys that no query sees."""
+    """One launch: the items of one part of a layout whose sequences have one stride and whose heads merge alike. On the device.
+
+    merge: ALONE, FIRST, MIDDLE or LAST of its heads' parts. has_dead: whether some mark has DEAD.
+    """
 
     stride: int
+    merge: int
     has_dead: bool
     work: torch.Tensor  # int32 [tiles of queries, 12], in the order in which they are taken, processor by processor
     starts: torch.Tensor  # int32 [processors + 1]: processor p takes work[starts[p] : starts[p + 1]]
@@ -31,45 +36,64 @@ class Part(NamedTuple):
     runs: torch.Tensor  # int32 [n_runs, 3]
     masks: torch.Tensor
     dead: torch.Tensor  # int64 [n_masks, keys / 64]: keys that no query of the tile sees
+    marks: torch.Tensor  # int32 [3, masks of the layout + 1]: what marks become under a block mask; empty without `halves`
 
 
-def obstacle(pattern: Pattern, q_len: int, kv_len: int, heads: int) -> str | None:
-    """Why the tile engine on CUDA cannot run a pattern, or None."""
-    found = layout(pattern, q_len, kv_len, heads, Tile(QUERIES, NARROW))
-    if any(len(torch.unique(part.views[:, 2])) > 1 for part in found.parts):
-        return "its heads have different strides, which the CUDA engine cannot run in one part"
-    return None
-
-
-def best_layout(pattern: Pattern, q_len: int, kv_len: int, heads: int, head_dim: int) -> Layout:
-    """The layout with the keys a tile that should take less time."""
+def best_layout(pattern: Pattern, q_len: int, kv_len: int, heads: int, head_dim: int, wide: bool = True) -> Layout:
+    """The layout with the keys a tile that should take less time. wide: whether the tier gains by wide tiles."""
     narrow = layout(pattern, q_len, kv_len, heads, Tile(QUERIES, NARROW))
-    if head_dim > 128:
+    if head_dim > 128 or not wide:
         return narrow
-    wide = layout(pattern, q_len, kv_len, heads, Tile(QUERIES, WIDE))
-    saves = NARROW_COST * NARROW * narrow.counts.visited < WIDE * wide.counts.visited
-    return narrow if saves else wide
+    other = layout(pattern, q_len, kv_len, heads, Tile(QUERIES, WIDE))
+    saves = NARROW_COST * NARROW * narrow.counts.visited < WIDE * other.counts.visited
+    return narrow if saves else other
 
 
-def tables(found: Layout, device: torch.device, processors: int) -> list[Part]:
-    """The parts of a layout on a device with so many multiprocessors."""
-    return [_part(found, part, device, processors) for part in found.parts]
+def tables(found: Layout, device: torch.device, processors: int, halves: bool = False) -> list[Part]:
+    """The launches of a layout on a device that takes so many blocks at a time; `halves` for one that a block mask will filter."""
+    merges = _merges(found)
+    parts = []
+    for part, merge_of_head in zip(found.parts, merges):
+        shared = _shared_tables(found, part, halves)
+        items, length = _work(found, part)
+        kinds = np.stack([items[:, 8], merge_of_head[items[:, 0]]], axis=1)  # (stride, merge)
+        for stride, merge in np.unique(kinds, axis=0):
+            mine = (kinds == (stride, merge)).all(axis=1)
+            work, starts = _shared_out(items[mine], length[mine], processors)
+            moved = (torch.from_numpy(np.ascontiguousarray(x)).to(device) for x in (work, starts, part.row_start.numpy(), *shared[1:]))
+            parts.append(Part(int(stride), int(merge), shared[0], *moved))
+    return parts
 
 
-def _part(found: Layout, part: LayoutPart, device: torch.device, processors: int) -> Part:
-    runs = part.runs.numpy().copy()
-    seen = _columns(part, found.tile_k // 64)
-    dead = _dead_masks(found, part, seen)
-    masked = runs[:, 2] >= 0
-    runs[masked, 2] |= np.where(dead[runs[masked, 2]], DEAD, 0).astype(np.int32)
+def _merges(found: Layout) -> np.ndarray:
+    """Which of a head's parts each part is: int [parts, heads]."""
+    has = np.stack([np.diff(part.variant_views.numpy())[part.head_variant.numpy()] > 0 for part in found.parts])
+    place, count = has.cumsum(axis=0), has.sum(axis=0)
+    later = np.where(place == count, LAST, MIDDLE)
+    return np.where(count == 1, ALONE, np.where(place == 1, FIRST, later))
+
+
+def _shared_tables(found: Layout, part: LayoutPart, halves: bool) -> tuple:
+    """has_dead, runs, masks, dead and marks of a part."""
+    masks, runs = part.masks.numpy(), part.runs.numpy().copy()
+    masked, count = runs[:, 2] >= 0, len(masks)
+    marks = np.zeros((3, 0), np.int32)
+    if halves:
+        upper = np.zeros((1, QUERIES, found.tile_k // 64), np.int64)
+        upper[:, :64] = -1
+        masks = np.concatenate([masks, masks & upper, upper, masks & ~upper, ~upper])
+        marks = np.array([[*range(count), FULL], range(count, 2 * count + 1), range(2 * count + 1, 3 * count + 2)], np.int32)
+    seen = np.bitwise_or.reduce(masks, axis=1) if len(masks) else np.zeros((0, found.tile_k // 64), np.int64)
+    if halves:  # others who would see a hidden key may be kept from it by the block mask
+        tiles = [_dead_masks(found, part, seen[variants], alone=True) for variants in marks[:, :count]]
+        marks[:, :count] |= np.where(tiles, DEAD, 0).astype(np.int32)
+        has_dead = bool(np.any(tiles))
+    else:
+        dead = _dead_masks(found, part, seen, alone=False)
+        runs[masked, 2] |= np.where(dead[runs[masked, 2]], DEAD, 0).astype(np.int32)
+        has_dead = bool(dead.any())
     runs[~masked, 2] = FULL
-    work, starts = _shared_out(*_work(found, part), processors)
-
-    def moved(x):
-        return torch.from_numpy(np.ascontiguousarray(x)).to(device)
-
-    row_start, masks = part.row_start.to(device), part.masks.to(device)
-    return Part(int(part.views[0, 2]), bool(dead.any()), moved(work), moved(starts), row_start, moved(runs), masks, moved(~seen))
+    return has_dead, runs, masks, ~seen, marks
 
 
 def _work(found: Layout, part: LayoutPart) -> tuple[np.ndarray, np.ndarray]:
@@ -106,14 +130,10 @@ def _shared_out(work: np.ndarray, length: np.ndarray, processors: int) -> tuple[
     return work[np.argsort(taker, kind="stable")], starts.astype(np.int32)
 
 
-def _columns(part: LayoutPart, words: int) -> np.ndarray:
-    """int64 [n_masks, words]: the keys of each mask that some query sees."""
-    masks = part.masks.numpy()
-    return np.bitwise_or.reduce(masks, axis=1) if len(masks) else np.zeros((0, words), np.int64)
-
-
-def _dead_masks(found: Layout, part: LayoutPart, seen: np.ndarray) -> np.ndarray:
-    """bool [n_masks]: whether a mask hides keys that no query of its sequence sees; what is there may be NaN."""
+def _dead_masks(found: Layout, part: LayoutPart, seen: np.ndarray, alone: bool) -> np.ndarray:
+    """bool [n_masks]: whether a mask hides keys that no query of its sequence sees, or of its own tile if `alone`; what is there may
+    be NaN. seen: int64 [n_masks, keys / 64], the keys that some query of the tile sees.
+    """
     dead = np.zeros(len(seen), dtype=bool)
     everything = np.append(seen, np.full((1, seen.shape[1]), -1, np.int64), axis=0)  # the last for full tiles
     runs, row_start = part.runs.numpy(), part.row_start.numpy()
@@ -125,7 +145,8 @@ def _dead_masks(found: Layout, part: LayoutPart, seen: np.ndarray) -> np.ndarray
         past_the_end = np.arange(-(-k_count // found.tile_k) * found.tile_k) >= k_count  # read as 0
         covered = np.packbits(past_the_end, bitorder="little").view(np.int64).reshape(-1, seen.shape[1])
         tile, one = np.unique(np.stack([at, mask]), axis=1)
-        np.bitwise_or.at(covered, tile, everything[one])
+        if not alone:
+            np.bitwise_or.at(covered, tile, everything[one])
         hides = (~covered[tile] & ~everything[one]).any(axis=1)
         dead[one[hides & (one >= 0)]] = True
     return dead

@@ -9,12 +9,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from sparse_attention import _build_cuda, cuda_tables
-from sparse_attention._build import BuildError
-from sparse_attention.cost import Cost, cost, count
+from sparse_attention import _build_cuda, cuda_blocks, cuda_rows, cuda_tables
+from sparse_attention.cost import Cost, cost, count, scattered
 from sparse_attention.lanes import lane_pairs
 from sparse_attention.layout import Layout, layout
-from sparse_attention.patterns.base import Lengths, Pattern, Spans
+from sparse_attention.patterns.base import Lengths, Pattern, Spans, Tile
 from sparse_attention.patterns.compose import And, Or
 from sparse_attention.patterns.tree import Tree
 from sparse_attention.patterns.window import Causal, Dense
@@ -22,6 +21,7 @@ from sparse_attention.rates import Crossing, Rate, Table, Work, table
 from sparse_attention.rows import Rows, rows
 
 IMPLS = ("auto", "tile", "gather", "dense", "reference")
+TILE_DTYPES = (torch.bfloat16, torch.float16)  # of the tile engine on CUDA
 GATHER_PAIRS = 1 << 27  # a row table larger than this (1 GB with its transpose) is never chosen for the caller
 
 
@@ -112,38 +112,35 @@ def _plan(pattern: Pattern, sizes: Sizes, impl: str, threads: int) -> Plan:
         raise ValueError(f"impl is {impl!r}; expected one of {', '.join(IMPLS)}")
     if impl in ("dense", "reference"):
         return Plan(pattern, sizes, impl, "asked for", {})
-    obstacle = engine_obstacle(pattern, sizes, "gather" if impl == "gather" else "tile")
     if impl != "auto":
+        obstacle = engine_obstacle(pattern, sizes, impl)
         if obstacle:
             raise ValueError(f"impl is {impl!r}, but {obstacle}; use impl='dense' or impl='reference'")
         return Plan(pattern, sizes, impl, "asked for", {})
-    if obstacle:
-        return Plan(pattern, sizes, "dense", obstacle, {})
+    obstacle = engine_obstacle(pattern, sizes, "tile")
+    other = obstacle and engine_obstacle(pattern, sizes, "gather")
+    if other:
+        return Plan(pattern, sizes, "dense", obstacle if obstacle == other else f"{obstacle}; {other}", {})
     return choose(pattern, sizes, threads, table(sizes.device))
 
 
 def engine_obstacle(pattern: Pattern, sizes: Sizes, impl: str = "tile") -> str | None:
     """Why a sparse engine cannot run a pattern at these sizes, or None."""
-    if sizes.device not in ("cpu", "cuda") or (sizes.device, impl) == ("cuda", "gather"):
-        return f"q is on {sizes.device} and the {impl} engine runs on {'cpu' if impl == 'gather' else 'cpu and cuda'}"
+    if sizes.device not in ("cpu", "cuda"):
+        return f"q is on {sizes.device} and the {impl} engine runs on cpu and cuda"
     if sizes.head_dim % 8 or not 8 <= sizes.head_dim <= 256:
         return f"head_dim is {sizes.head_dim} and the sparse engines take multiples of 8 from 8 to 256"
-    return cuda_obstacle(pattern, sizes) if sizes.device == "cuda" else None
+    return cuda_obstacle(pattern, sizes, impl) if sizes.device == "cuda" else None
 
 
-def cuda_obstacle(pattern: Pattern, sizes: Sizes) -> str | None:
-    """Why the tile engine on CUDA cannot run a pattern at these sizes, or None."""
-    if sizes.dtype not in (torch.bfloat16, torch.float16):
-        return f"q has dtype {sizes.dtype} and the CUDA engine takes bfloat16 and float16"
-    capability = torch.cuda.get_device_capability()
-    if capability not in _build_cuda.TARGETS:
-        known = ", ".join(f"{major}.{minor}" for major, minor in _build_cuda.TARGETS)
-        return f"the device has compute capability {capability[0]}.{capability[1]} and the CUDA engine is written for {known}"
-    try:
-        _build_cuda.nvcc()
-    except BuildError as error:
-        return f"the CUDA engine cannot be compiled here ({error})"
-    return cuda_tables.obstacle(pattern, sizes.q_len, sizes.kv_len, sizes.heads)
+def cuda_obstacle(pattern: Pattern, sizes: Sizes, impl: str = "tile") -> str | None:
+    """Why an engine on CUDA cannot run a pattern at these sizes, or None."""
+    if impl == "tile" and sizes.dtype not in TILE_DTYPES:
+        return f"q has dtype {sizes.dtype} and the tile engine on CUDA takes bfloat16 and float16"
+    unbuilt = _build_cuda.obstacle(torch.cuda.get_device_capability())
+    if unbuilt or impl == "tile":
+        return unbuilt
+    return cuda_rows.obstacle(pattern, sizes.q_len, sizes.kv_len, sizes.heads)
 
 
 def choose(pattern: Pattern, sizes: Sizes, threads: int, known: Table) -> Plan:
@@ -170,17 +167,35 @@ def choose(pattern: Pattern, sizes: Sizes, threads: int, known: Table) -> Plan:
 
 
 def work(pattern: Pattern, sizes: Sizes) -> dict[str, Work]:
-    """What each engine would do for these sizes; no "gather" where its tables would be too large."""
+    """What each engine would do for these sizes; no "gather" where its tables would be too large, or on CUDA where it surely loses."""
     rows = sizes.batch * sizes.heads * sizes.q_len
     if sizes.device == "cuda":
-        found = cuda_tables.best_layout(pattern, sizes.q_len, sizes.kv_len, sizes.heads, sizes.head_dim)
-        computed = found.counts.visited * found.tile_q * found.tile_k
-        return {"dense": _dense_work(pattern, sizes, rows), "tile": Work(rows, sizes.batch * computed)}
+        return {"dense": _dense_work(pattern, sizes, rows), **_cuda_work(pattern, sizes, rows)}
     pairs, _, _ = count(pattern, sizes.q_len, sizes.kv_len, sizes.heads)
     lanes = lane_pairs(pattern, sizes.q_len, sizes.kv_len, sizes.heads)
     found = {"dense": _dense_work(pattern, sizes, rows), "tile": Work(rows, sizes.batch * lanes)}
     if pairs <= GATHER_PAIRS:
         found["gather"] = Work(rows, sizes.batch * pairs)
+    return found
+
+
+def _cuda_work(pattern: Pattern, sizes: Sizes, rows: int) -> dict[str, Work]:
+    """The same for the sparse engines on CUDA. Where tiles hold more than about one pair, the tensor cores are faster by far."""
+    lengths = sizes.q_len, sizes.kv_len, sizes.heads
+    few, found = scattered(pattern), {}
+    if few or sizes.dtype not in TILE_DTYPES:
+        listed, pairs = cuda_rows.pairs(pattern, *lengths)
+        if listed <= cuda_rows.PAIRS:
+            found["gather"] = Work(rows, sizes.batch * pairs)
+    if sizes.dtype in TILE_DTYPES:
+        computed = cuda_blocks.computed(pattern, *lengths)
+        if few:
+            tile = Tile(cuda_tables.QUERIES, cuda_tables.NARROW)
+            computed = tile.q * tile.k * cuda_rows.touched(pattern, *lengths, tile)
+        elif computed is None:
+            layout = cuda_tables.best_layout(pattern, *lengths, sizes.head_dim)
+            computed = layout.counts.visited * layout.tile_q * layout.tile_k
+        found["tile"] = Work(rows, sizes.batch * computed)
     return found
 
 

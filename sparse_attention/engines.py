@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sparse_attention import _build_cuda, cuda_tables, dense
+from sparse_attention import cuda_blocks, cuda_rows, cuda_tile, dense
 from sparse_attention._build import kernels
-from sparse_attention.dispatch import Plan, Sizes
+from sparse_attention.dispatch import Plan, Sizes, engine_obstacle
 from sparse_attention.dispatch import plan as plan_of
 from sparse_attention.patterns.base import Pattern
 from sparse_attention.reference import reference, reference_backward
@@ -53,23 +53,14 @@ def _tile(plan: Plan, scale: float, device: torch.device) -> Engine:
 
 
 def _cuda_tile(plan: Plan, scale: float, device: torch.device) -> Engine:
-    native, sizes = _build_cuda.kernels(torch.cuda.get_device_capability(device)), plan.sizes
-    layout = cuda_tables.best_layout(plan.pattern, sizes.q_len, sizes.kv_len, sizes.heads, sizes.head_dim)
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    parts = [native.Part(*part) for part in cuda_tables.tables(layout, device, processors)]
-
-    def forward(q, k, v, scale):
-        if scale <= 0:  # the softmax looks for the largest product
-            q, scale = (q * 0, 1.0) if scale == 0 else (-q, -scale)
-        return native.sm90_forward(q, k, v, parts, sizes.q_len, sizes.kv_len, layout.tile_k, scale)
-
-    def backward(*_):
-        raise NotImplementedError("the sparse engines have no gradient on CUDA yet; use impl='dense'")
-
-    return Engine(plan, scale, forward, backward, nbytes=2 * layout.nbytes)
+    forward, nbytes = cuda_tile.forward(plan.pattern, plan.sizes, device)
+    return Engine(plan, scale, forward, cuda_tile.backward, nbytes=nbytes)
 
 
 def _gather(plan: Plan, scale: float, device: torch.device) -> Engine:
+    if device.type == "cuda":
+        forward, nbytes = cuda_rows.forward(plan.rows, plan.sizes, device)
+        return Engine(plan, scale, forward, cuda_tile.backward, nbytes=nbytes)
     native, sizes, rows = kernels(), plan.sizes, plan.rows
 
     def table(of, rows, cols):
@@ -124,14 +115,43 @@ _MOST_CALLS, _MOST_BYTES = 512, 1 << 30
 
 def engine(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, impl: str) -> Engine:
     """The checked, planned and compiled call for inputs like these; kept, so that the next one costs a dict lookup."""
-    shapes, dtypes = (q.shape, k.shape, v.shape), (q.dtype, k.dtype, v.dtype)
-    key = (pattern, impl, shapes, dtypes, q.device, k.device, v.device, torch.get_num_threads())
+    key = (pattern, impl, *_like(q, k, v))
     found = _engines.get(key)
     if found is None:
         check_call(q, k, v, pattern, impl)
+        if pattern.live:
+            return _live(q, k, v, pattern, impl)
         plan = plan_of(pattern, Sizes.of(q, k), impl)
-        found = _MAKERS[plan.impl](plan, plan.sizes.head_dim**-0.5, q.device)
-        if len(_engines) >= _MOST_CALLS or found.nbytes + sum(kept.nbytes for kept in _engines.values()) > _MOST_BYTES:
-            _engines.clear()
-        _engines[key] = found
+        found = _kept(key, _MAKERS[plan.impl](plan, plan.sizes.head_dim**-0.5, q.device))
     return found
+
+
+def _like(q: Tensor, k: Tensor, v: Tensor) -> tuple:
+    """What tells the engines of two calls apart beside pattern and impl."""
+    return (q.shape, k.shape, v.shape), (q.dtype, k.dtype, v.dtype), q.device, k.device, v.device, torch.get_num_threads()
+
+
+def _kept(key: tuple, made: Engine) -> Engine:
+    if len(_engines) >= _MOST_CALLS or made.nbytes + sum(kept.nbytes for kept in _engines.values()) > _MOST_BYTES:
+        _engines.clear()
+    _engines[key] = made
+    return made
+
+
+def _live(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, impl: str) -> Engine:
+    """The call of a pattern that reads a tensor: by a filter made on the device, where there is one, else of what it holds now."""
+    sizes = Sizes.of(q, k)
+    pattern.check(sizes.q_len, sizes.kv_len, sizes.heads)
+    blocks = cuda_blocks.split(pattern, sizes.q_len, sizes.kv_len, sizes.heads) if q.is_cuda and impl in ("auto", "tile") else None
+    mask = blocks and blocks.blocked.block_mask
+    if blocks is None or mask.device != q.device or engine_obstacle(pattern, sizes):
+        if q.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise ValueError(f"pattern is {pattern!r}, which impl={impl!r} reads on the host; a CUDA graph cannot hold that")
+        return engine(q, k, v, pattern.frozen(), impl)
+    key = ("live", blocks.base, blocks.blocked.block, *_like(q, k, v))
+    made = _engines.get(key)
+    if made is None:
+        plan = Plan(pattern, sizes, "tile", "its block mask is read on the device", {})
+        forward, nbytes = cuda_tile.live_forward(blocks, sizes, q.device)
+        made = _kept(key, Engine(plan, sizes.head_dim**-0.5, forward, cuda_tile.backward, nbytes=nbytes))
+    return made._replace(forward=partial(made.forward, block_mask=mask))

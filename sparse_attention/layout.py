@@ -91,7 +91,7 @@ class Layout:
 
 def layout(pattern: Pattern, q_len: int, kv_len: int, heads: int = 1, tile: Tile = Tile(64, 64)) -> Layout:
     """The layout of `pattern`; a second call with equal arguments returns the same object."""
-    return _cached(pattern, q_len, kv_len, heads, tile)
+    return _cached(pattern.frozen(), q_len, kv_len, heads, tile)
 
 
 def build(pattern: Pattern, q_len: int, kv_len: int, heads: int = 1, tile: Tile = Tile(64, 64)) -> Layout:

@@ -66,7 +66,7 @@ def rows(pattern: Pattern, q_len: int, kv_len: int, heads: int = 1) -> Rows:
 
     Making them costs what the pattern's spans hold: n^2 for a pattern that promises nothing.
     """
-    return _cached(pattern, q_len, kv_len, heads)
+    return _cached(pattern.frozen(), q_len, kv_len, heads)
 
 
 def build_rows(pattern: Pattern, q_len: int, kv_len: int, heads: int = 1) -> Rows:

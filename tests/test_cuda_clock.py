@@ -10,7 +10,7 @@ from sparse_attention.breakeven import Workload, checking, sampling, suspicion
 from sparse_attention.breakeven.clock import make
 from sparse_attention.breakeven.memory import peak_bytes
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 MB = 1 << 20
 
 

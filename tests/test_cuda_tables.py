@@ -7,20 +7,23 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from sparse_attention import cuda_tables
+from sparse_attention import cuda_blocks, cuda_tables
 from sparse_attention.layout import layout
-from sparse_attention.patterns import BigBird, Causal, Dilated, Longformer, Sinks, SlidingWindow
+from sparse_attention.patterns import BigBird, BlockSparse, Causal, Dilated, Longformer, Sinks, SlidingWindow
 from sparse_attention.patterns.base import Tile
 from tests.cases import CASES
 from tests.strategies import calls
 
 
-def read(found, parts, q_len, kv_len, heads):
-    """How often each pair is visited, int `[heads, q_len, kv_len]`, and how often each query row of each head, a part."""
+def read(found, parts, q_len, kv_len, heads, blocks=None):
+    """How often each pair is visited, int `[heads, q_len, kv_len]`, and for each query row of each head the merges of its launches.
+
+    blocks: for a filtered layout, bool `[heads, 64-query rows, key tiles]`.
+    """
     pairs = np.zeros((heads, q_len, kv_len), int)
-    rows = np.zeros((len(parts), heads, q_len), int)
+    merges = np.full((heads, q_len), "", object)
     keys = found.tile_k
-    for number, part in enumerate(parts):
+    for part in parts:
         masks = part.masks.numpy().view(np.uint64)
         bits = (masks[..., None] >> np.arange(64, dtype=np.uint64) & np.uint64(1)).astype(bool).reshape(len(masks), 128, keys)
         for head, row, tile, q_residue, q_step, k_residue, k_step, q_first, stride, q_count, q_long, k_long in part.work.numpy():
@@ -30,17 +33,27 @@ def read(found, parts, q_len, kv_len, heads):
             local = 128 * tile + np.arange(128)
             q = q_first + stride * local[local < q_count]
             assert len(q)
-            rows[number, head, q] += 1
+            merges[head, q] += str(part.merge)
             for first, count, mark in part.runs.numpy()[part.row_start[row] : part.row_start[row + 1]]:
                 for t in range(first, first + count):
                     step = k_step + keys * t + np.arange(keys)
                     inside = step < kv_len // stride + k_long  # the rest is outside of the tensor map
-                    mask = mark & cuda_tables.FULL
+                    seen_by = (True, True) if blocks is None else blocks[head, 2 * tile : 2 * tile + 2, t]
+                    if not any(seen_by):
+                        continue
+                    mask = (mark if blocks is None else filtered(part, mark, *seen_by)) & cuda_tables.FULL
                     allowed = np.ones((128, keys), bool) if mask == cuda_tables.FULL else bits[mask]
                     if mask == cuda_tables.FULL:
                         assert inside.all() and mark == cuda_tables.FULL
                     np.add.at(pairs[head], np.ix_(q, k_residue + stride * step[inside]), allowed[: len(q), inside].astype(int))
-    return pairs, rows
+    return pairs, merges
+
+
+def filtered(part, mark, upper, lower):
+    """What a run's mark becomes where these halves of the queries may see the tile."""
+    mask = mark & cuda_tables.FULL
+    place = part.marks.shape[1] - 1 if mask == cuda_tables.FULL else mask
+    return int(part.marks[0 if upper and lower else 1 if upper else 2, place])
 
 
 def check(pattern, q_len, kv_len, heads):
@@ -48,23 +61,23 @@ def check(pattern, q_len, kv_len, heads):
     for keys in (cuda_tables.NARROW, cuda_tables.WIDE):
         found = layout(pattern, q_len, kv_len, heads, Tile(cuda_tables.QUERIES, keys))
         parts = cuda_tables.tables(found, torch.device("cpu"), 8)
-        pairs, rows = read(found, parts, q_len, kv_len, heads)
-        assert (rows == 1).all() and np.array_equal(pairs, want)
+        pairs, merges = read(found, parts, q_len, kv_len, heads)
+        assert np.array_equal(pairs, want)
+        alone, first, middle, last = "0123"
+        assert all(m == alone or m[0] + m[-1] == first + last and set(m[1:-1]) <= {middle} for m in set(merges.ravel()))
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.id for case in CASES])
 def test_every_pattern(case):
     pattern = case.make()
-    if cuda_tables.obstacle(pattern, case.q_len, case.kv_len, case.heads) is None:
-        check(pattern, case.q_len, case.kv_len, case.heads)
+    check(pattern, case.q_len, case.kv_len, case.heads)
 
 
 @settings(max_examples=40, deadline=None)
 @given(calls())
 def test_any_composition(call):
     pattern, q_len, kv_len, heads = call
-    if cuda_tables.obstacle(pattern, q_len, kv_len, heads) is None:
-        check(pattern, q_len, kv_len, heads)
+    check(pattern, q_len, kv_len, heads)
 
 
 def test_only_keys_that_nobody_sees_are_dead():
@@ -103,12 +116,61 @@ def test_fewer_rows_than_processors():
     assert part.starts.tolist() == [0, 1, 2, 3, 4, 4, 4, 4, 4]
 
 
-def test_heads_of_different_strides_are_refused():
-    assert "different strides" in cuda_tables.obstacle(Dilated(8, (1, 2)), 100, 100, 2)
-    assert cuda_tables.obstacle(Dilated(8, (2, 2)), 100, 100, 2) is None
+def test_heads_of_different_strides_go_in_different_launches():
+    check(Dilated(8, (1, 2, 4)), 100, 100, 3)
+    check(Dilated(8, (1, 2, 3)) | Sinks(2), 100, 130, 3)
+    found = layout(Dilated(8, (1, 2)), 100, 100, 2, Tile(128, 128))
+    assert [part.stride for part in cuda_tables.tables(found, torch.device("cpu"), 8)] == [1, 2]
 
 
 def test_block_patterns_take_narrow_tiles():
     assert cuda_tables.best_layout(BigBird(64), 4096, 4096, 2, 128).tile_k == cuda_tables.NARROW
     assert cuda_tables.best_layout(Causal(), 4096, 4096, 2, 128).tile_k == cuda_tables.WIDE
     assert cuda_tables.best_layout(Causal(), 4096, 4096, 2, 256).tile_k == cuda_tables.NARROW
+
+
+def block_rows(mask, block, keys, q_len, kv_len, heads):
+    """A block mask as the device packs it: bool `[heads, 64-query rows, key tiles]`."""
+    mask = mask.expand(heads, -1, -1).numpy().repeat(block // 64, axis=1).repeat(block // keys, axis=2)
+    rows = 2 * -(-q_len // 128)
+    return np.pad(mask, ((0, 0), (0, max(0, rows - mask.shape[1])), (0, 0)))[:, :rows, : -(-kv_len // keys)]
+
+
+@pytest.mark.parametrize("block", (64, 128))
+@pytest.mark.parametrize("base", (None, Causal(), SlidingWindow(150), Sinks(70) | SlidingWindow(90)), ids=str)
+@pytest.mark.parametrize("lengths", ((700, 700), (300, 900), (64, 130)), ids=str)
+def test_a_block_mask_filters_tiles(block, base, lengths):
+    q_len, kv_len, heads = *lengths, 3
+    generator = torch.Generator().manual_seed(block)
+    shape = -(-q_len // block), -(-kv_len // block)
+    for mask in (torch.rand(heads, *shape, generator=generator) < 0.4, torch.rand(shape, generator=generator) < 0.4):
+        pattern = BlockSparse(mask, block) if base is None else BlockSparse(mask, block) & base
+        blocks = cuda_blocks.split(pattern, q_len, kv_len, heads)
+        for head_dim in (128, 192):
+            found = blocks.layout(q_len, kv_len, heads, head_dim)
+            (part,) = cuda_tables.tables(found, torch.device("cpu"), 8, halves=True)
+            packed = block_rows(cuda_blocks.mask_of(blocks.blocked, q_len, kv_len, heads, "cpu"), block, found.tile_k, q_len, kv_len, heads)
+            pairs, _ = read(found, [part], q_len, kv_len, heads, packed)
+            assert np.array_equal(pairs, pattern.mask(q_len, kv_len, heads).numpy())
+            hidden = (part.dead[part.marks[:, :-1].long() & cuda_tables.FULL] != 0).any(-1)
+            marked = part.marks[:, :-1] & cuda_tables.DEAD != 0
+            assert not (marked & ~hidden).any()
+            if kv_len % found.tile_k == 0:
+                assert torch.equal(marked, hidden)
+
+
+def test_bigbird_is_a_block_mask():
+    pattern = BigBird(64, 3, 2, 3)
+    for q_len, kv_len in ((700, 700), (256, 640)):
+        blocks = cuda_blocks.split(pattern, q_len, kv_len, 3)
+        mask = cuda_blocks.mask_of(blocks.blocked, q_len, kv_len, 3, torch.device("cpu"))
+        assert torch.equal(mask.repeat_interleave(64, 1).repeat_interleave(64, 2)[:, :q_len, :kv_len], pattern.mask(q_len, kv_len, 3))
+
+
+def test_what_is_no_filter_of_tiles():
+    mask = torch.ones(8, 8, dtype=torch.bool)
+    assert cuda_blocks.split(BlockSparse(mask, 32), 256, 256, 1) is None
+    assert cuda_blocks.split(BlockSparse(mask, 64) | Causal(), 512, 512, 1) is None
+    assert cuda_blocks.split(BlockSparse(mask, 64) & Dilated(100, (4,)), 512, 512, 1) is None
+    assert cuda_blocks.split(BigBird(64), 100, 512, 1) is None
+    assert cuda_blocks.split(BigBird(64) & BlockSparse(mask, 64), 512, 512, 1) is None

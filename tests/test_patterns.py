@@ -131,7 +131,7 @@ def test_bigbird_takes_all_blocks_when_few_are_left():
     assert bigbird_blocks(sp.BigBird(16, window=1, globals=1, random=3), 16 * 6, heads=2).sum() == 2 * (6 + 5 * 5)
 
 
-@pytest.mark.parametrize("case", CASES, ids=[case.id for case in CASES])
+@pytest.mark.parametrize("case", [case for case in CASES if not case.make().live], ids=lambda case: case.id)
 def test_equal_by_value(case):
     a = case.make()
     assert a == copy.deepcopy(a) and hash(a) == hash(copy.deepcopy(a))
@@ -173,7 +173,7 @@ def test_repr():
 @pytest.mark.parametrize("case", CASES, ids=[case.id for case in CASES])
 def test_text_form(case):
     pattern = case.make()
-    if any(name in repr(pattern) for name in ("Csr", "BlockSparse", "Predicate")):
+    if any(name in repr(pattern) for name in ("Csr", "BlockSparse", "LiveBlocks", "Predicate")):
         with pytest.raises(ValueError, match="pattern holds .*no text form"):
             sp.text(pattern)
     else:

@@ -17,6 +17,7 @@ NAMES = [
     "Dilated",
     "Documents",
     "Fixed",
+    "LiveBlocks",
     "LogSparse",
     "Longformer",
     "MultiScale",

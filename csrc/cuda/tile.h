@@ -30,21 +30,32 @@ struct Run {
 };
 constexpr int kLast = 1 << 30, kDead = 1 << 29, kFull = kDead - 1;
 
-// Device pointers; sparse_attention/cuda_tables.py makes the tables.
+// What a tier reads of a part: device pointers; sparse_attention/cuda_tables.py makes the tables.
+struct Tables {
+  const Work* work;          // [n_work]
+  const int32_t* starts;     // [blocks + 1]: which items each block takes, or null: blocks take `order` in turn
+  const int32_t* order;      // [n_work]
+  const int32_t* row_start;  // of the layout
+  const Run* runs;
+  const uint64_t* masks;     // [n_masks, 128, keys / 64]
+  const uint64_t* dead;      // [n_masks, keys / 64]: keys that no query of the tile sees
+  const uint64_t* bits;      // [bit_heads, bit_rows, bit_words] or null: the key tiles that each 64 queries may see beside what runs say
+  const int32_t* marks;      // [3, bit_masks + 1]: what a run's mask, the last for kFull, becomes where both halves of the queries may see a
+                             // tile, the upper one only, the lower one only
+  int32_t n_work, batch;
+  int32_t bit_heads, bit_rows, bit_words, bit_masks;
+};
+
 struct Forward {
   Strided q, k, v, out;
   float* partial;  // [batch, heads, q_len, head_dim] where the layout has several parts
   float* lse;      // [batch, heads, q_len]
-  const int32_t* work;    // [n_work, 12]
-  const int32_t* starts;  // [processors + 1]: which of them each block takes
-  const int32_t* row_start;
-  const int32_t* runs;  // [n_runs, 3]
-  const uint64_t *masks, *dead;
-  int32_t n_work, batch, heads, kv_heads, q_len, kv_len, head_dim, stride, keys;  // keys: of a tile
+  Tables tables;
+  int32_t batch, heads, kv_heads, q_len, kv_len, head_dim, stride, keys;  // keys: of a tile
   Merge merge;
-  bool has_dead;  // some run is marked kDead
+  bool has_dead;       // some run is marked kDead
   int32_t processors;  // blocks
-  float scale;  // above 0
+  float scale;         // above 0
 };
 
 // All return a cudaError_t.
@@ -55,6 +66,7 @@ int forward_f16(const Forward& f, void* stream);
 namespace sm80 {
 int forward_bf16(const Forward& f, void* stream);
 int forward_f16(const Forward& f, void* stream);
+int resident_blocks(int head_dim);  // that a multiprocessor of the current device holds; 0 on an error
 }  // namespace sm80
 
 }  // namespace sparse_attention

@@ -49,6 +49,7 @@ MASKS = {
     "Fixed": (sa.Fixed(8, 2), 1),
     "LogSparse": (sa.LogSparse(), 1),
     "BlockSparse": (sa.BlockSparse(BLOCKS, 16), 16),
+    "LiveBlocks": (sa.LiveBlocks(BLOCKS.flip(1), 16) & sa.Causal(), 16),
     "BigBird": (sa.BigBird(block=16, window=3, globals=2, random=3), 16),
     "Longformer": (sa.Longformer(3, 2), 1),
     "Sinks": (sa.Sinks(4), 1),

@@ -7,6 +7,7 @@ from sparse_attention.patterns.csr import Csr
 from sparse_attention.patterns.dilated import Dilated, LogSparse, MultiScale, Strided
 from sparse_attention.patterns.documents import Documents
 from sparse_attention.patterns.fixed import Fixed, Longformer
+from sparse_attention.patterns.live import LiveBlocks
 from sparse_attention.patterns.predicate import Predicate
 from sparse_attention.patterns.text import parse, text
 from sparse_attention.patterns.tree import Tree
@@ -22,6 +23,7 @@ __all__ = [
     "Documents",
     "Fixed",
     "Lengths",
+    "LiveBlocks",
     "LogSparse",
     "Longformer",
     "MultiScale",

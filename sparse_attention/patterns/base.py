@@ -93,9 +93,15 @@ class Pattern:
     Patterns compose: ``a & b`` allows what both allow, ``a | b`` what either does.
 
     has_text: whether the repr, class name and literal arguments, holds all of the pattern.
+    live: whether it reads a tensor whose contents may change between calls; `frozen` is then the pattern of this moment.
     """
 
     has_text = True
+    live = False
+
+    def frozen(self) -> "Pattern":
+        """The same pairs, for good: what layouts and other things that are kept are made of."""
+        return self
 
     def allows(self, i: torch.Tensor, j: torch.Tensor, lengths: Lengths) -> torch.Tensor:
         """Whether the query at position `i` sees the key at `j` (int64 tensors that broadcast); bool tensor.
@@ -168,8 +174,9 @@ class Pattern:
         check_sizes(self, q_len, kv_len, heads)
         counts = {}
         total = 0
+        frozen = self.frozen()
         for head in range(heads):
-            one = self.for_head(head)
+            one = frozen.for_head(head)
             if one not in counts:
                 counts[one] = one._pairs(Lengths(q_len, kv_len))
             total += counts[one]

@@ -105,21 +105,9 @@ def _within(row, column, start, stop):
 
 @lru_cache(maxsize=256)
 def _table(bigbird: BigBird, head: int, blocks: int) -> tuple[np.ndarray, np.ndarray]:
-    """The block columns [start, stop) that each block row sees: two int64 arrays `[blocks, n]`; empty ranges are (0, 0)."""
-    row = np.arange(blocks)
-    half = bigbird.window // 2
-    low, high = np.maximum(row - half, bigbird.globals), np.minimum(row + half + 1, blocks)
-    globals_ = min(bigbird.globals, blocks)
-    window = np.maximum(high - low, 0)
-    drawn = _draw(np.random.default_rng([bigbird.seed, head]), blocks - globals_ - window, min(bigbird.random, blocks))
-    chosen = drawn >= 0
-    # Drawn numbers count the blocks that are neither global nor in the window.
-    column = drawn + globals_
-    column = np.where((column >= low[:, None]) & (window > 0)[:, None], column + window[:, None], column)
-    start = np.column_stack([np.zeros(blocks, dtype=np.int64), low, np.where(chosen, column, 0)])
-    stop = np.column_stack([np.full(blocks, globals_), np.maximum(high, low), np.where(chosen, column + 1, 0)])
-    start[:globals_], stop[:globals_] = 0, blocks
-    group, start, stop = Spans(np.repeat(row, start.shape[1]), start.ravel(), stop.ravel()).merged()
+    """The block columns [start, stop) that each block row sees, ascending: two int64 arrays `[blocks, n]`; empty ranges are (0, 0)."""
+    start, stop = (side[0] for side in block_ranges(bigbird, range(head, head + 1), blocks))
+    group, start, stop = Spans(np.repeat(np.arange(blocks), start.shape[1]), start.ravel(), stop.ravel()).merged()
     counts = np.bincount(group, minlength=blocks)
     place = np.arange(group.size) - np.repeat(np.cumsum(counts) - counts, counts)
     table = np.zeros((2, blocks, int(counts.max())), dtype=np.int64)
@@ -127,13 +115,35 @@ def _table(bigbird: BigBird, head: int, blocks: int) -> tuple[np.ndarray, np.nda
     return table[0], table[1]
 
 
-def _draw(rng: np.random.Generator, sizes: np.ndarray, count: int) -> np.ndarray:
-    """`count` distinct numbers below each of `sizes`, -1 past the size: int64 `[len(sizes), count]` (Floyd's sampling)."""
-    out = np.full((sizes.size, count), -1, dtype=np.int64)
+def block_ranges(bigbird: BigBird, heads: range, blocks: int) -> tuple[np.ndarray, np.ndarray]:
+    """Block columns [start, stop) whose union each block row of some heads sees: two int64 arrays `[heads, blocks, n]`."""
+    row = np.arange(blocks)
+    half = bigbird.window // 2
+    low, high = np.maximum(row - half, bigbird.globals), np.minimum(row + half + 1, blocks)
+    globals_ = min(bigbird.globals, blocks)
+    window = np.maximum(high - low, 0)
+    drawn = _draw(bigbird.seed, heads, blocks - globals_ - window, min(bigbird.random, blocks))
+    chosen = drawn >= 0
+    # Drawn numbers count the blocks that are neither global nor in the window.
+    column = drawn + globals_
+    column = np.where((column >= low[:, None]) & (window > 0)[:, None], column + window[:, None], column)
+    start, stop = np.zeros((2, len(heads), blocks, 2 + drawn.shape[2]), dtype=np.int64)
+    stop[:, :, 0] = globals_
+    start[:, :, 1], stop[:, :, 1] = low, np.maximum(high, low)
+    start[:, :, 2:], stop[:, :, 2:] = np.where(chosen, column, 0), np.where(chosen, column + 1, 0)
+    start[:, :globals_], stop[:, :globals_] = 0, blocks
+    return start, stop
+
+
+def _draw(seed: int, heads: range, sizes: np.ndarray, count: int) -> np.ndarray:
+    """`count` distinct numbers below each of `sizes`, -1 past the size: int64 `[heads, len(sizes), count]` (Floyd's sampling)."""
+    tops = sizes - count + np.arange(count)[:, None]  # [count, len(sizes)]
+    bounds = np.maximum(tops, 0) + 1
+    draws = np.stack([np.random.default_rng([seed, head]).random((count, sizes.size)) for head in heads])
+    numbers = (draws * bounds).astype(np.int64)
+    out = np.full((len(heads), sizes.size, count), -1, dtype=np.int64)
     for n in range(count):
-        top = sizes - count + n
-        enough = sizes >= count
-        number = rng.integers(0, np.maximum(top, 0) + 1)
-        taken = (out == number[:, None]).any(axis=1)
-        out[:, n] = np.where(enough, np.where(taken, top, number), np.where(n < sizes, n, -1))
+        taken = (out == numbers[:, n, :, None]).any(axis=2)
+        drawn = np.where(taken, tops[n], numbers[:, n])
+        out[:, :, n] = np.where(sizes >= count, drawn, np.where(n < sizes, n, -1))
     return out

@@ -19,6 +19,22 @@ def check_block(value: object) -> None:
         raise ValueError(f"block is {value!r}; expected one of {BLOCKS}")
 
 
+def check_mask(mask: object) -> None:
+    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool or mask.ndim not in (2, 3) or 0 in mask.shape:
+        got = f"{mask.dtype} tensor of shape {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else repr(mask)
+        raise ValueError(f"block_mask is {got}; expected a bool tensor [q_blocks, kv_blocks], or one per head")
+
+
+def check_shape(pattern: Pattern, q_len: int, kv_len: int, heads: int) -> None:
+    """That the block mask of a pattern fits the sizes of a call."""
+    shape, block = tuple(pattern.block_mask.shape), pattern.block
+    expected = (-(-q_len // block), -(-kv_len // block))
+    if shape[-2:] != expected:
+        raise ValueError(f"block_mask has shape {shape}; expected {expected} blocks of {block} for q_len {q_len} and kv_len {kv_len}")
+    if len(shape) == 3 and shape[0] != heads:
+        raise ValueError(f"block_mask has shape {shape}, a mask for each of {shape[0]} heads; expected {heads} heads")
+
+
 class Blocked(Pattern):
     """Allows whole blocks; subclasses have a field `block` and say `seen` and `first_row`."""
 
@@ -67,9 +83,7 @@ class BlockSparse(Digested, Blocked):
 
     def __post_init__(self):
         mask = self.block_mask
-        if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool or mask.ndim not in (2, 3) or 0 in mask.shape:
-            got = f"{mask.dtype} tensor of shape {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else repr(mask)
-            raise ValueError(f"block_mask is {got}; expected a bool tensor [q_blocks, kv_blocks], or one per head")
+        check_mask(mask)
         check_block(self.block)
         set_field(self, "block_mask", mask.detach().to("cpu", copy=True).contiguous())
         self._digest_from(self.block_mask, self.block)
@@ -87,14 +101,7 @@ class BlockSparse(Digested, Blocked):
         return f"BlockSparse(block_mask={held}, block={self.block})"
 
     def check(self, q_len, kv_len, heads):
-        shape = tuple(self.block_mask.shape)
-        expected = (-(-q_len // self.block), -(-kv_len // self.block))
-        if shape[-2:] != expected:
-            raise ValueError(
-                f"block_mask has shape {shape}; expected {expected} blocks of {self.block} for q_len {q_len} and kv_len {kv_len}"
-            )
-        if len(shape) == 3 and shape[0] != heads:
-            raise ValueError(f"block_mask has shape {shape}, a mask for each of {shape[0]} heads; expected {heads} heads")
+        check_shape(self, q_len, kv_len, heads)
 
     def for_head(self, head):
         return self._heads[head] if self.block_mask.ndim == 3 else self

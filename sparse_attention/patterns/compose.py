@@ -23,6 +23,13 @@ class _Pair(Pattern):
         self.a.check(q_len, kv_len, heads)
         self.b.check(q_len, kv_len, heads)
 
+    @property
+    def live(self):
+        return self.a.live or self.b.live
+
+    def frozen(self):
+        return type(self)(self.a.frozen(), self.b.frozen()) if self.live else self
+
     def for_head(self, head):
         a, b = self.a.for_head(head), self.b.for_head(head)
         return self if a is self.a and b is self.b else type(self)(a, b)

@@ -1,7 +1,7 @@
 // Forward over a layout's tiles on Hopper: one warp copies tiles in with the tensor copy engine, two warpgroups of 64 queries
 // each multiply and keep the softmax. A block takes query tiles of 128 from a list until none is left.
 #pragma once
-#include "../tile.h"
+#include "../walk.cuh"
 #include "ptx.h"
 
 namespace sparse_attention::sm90 {
@@ -13,15 +13,10 @@ struct Maps {
 };
 
 struct Params {
-  const Work* work;          // [n_work], block by block
-  const int32_t* starts;     // [blocks + 1]: where each block's work begins
-  const int32_t* row_start;  // of the layout
-  const Run* runs;
-  const uint64_t* masks;     // [n_masks, 128, keys / 64]
-  const uint64_t* dead;      // [n_masks, keys / 64]: keys that no query of the tile sees
-  float* partial;            // [batch, heads, q_len, head_dim], the output so far where parts merge
-  float* lse;                // [batch, heads, q_len]
-  int32_t n_work, batch, heads, group, q_len, head_dim;
+  Tables tables;
+  float* partial;  // [batch, heads, q_len, head_dim], the output so far where parts merge
+  float* lse;      // [batch, heads, q_len]
+  int32_t heads, group, q_len, head_dim;
   float scale_log2;
 };
 
@@ -63,9 +58,8 @@ struct Ring {
 template <class S>
 __device__ __forceinline__ void copy_tiles(
     const Params& p, const Maps& maps, Shared<S>& shared, const Work& w, int batch, Ring<S::kStages>& ring) {
-  int at = p.row_start[w.row];
-  const int end = p.row_start[w.row + 1];
-  shared.has_tiles = at < end;
+  Walk walk(p.tables, w);
+  shared.has_tiles = !walk.empty();
   barrier_expect(&shared.q_full, S::kBlocks * S::kQueryBlock);
 #pragma unroll
   for (int b = 0; b < S::kBlocks; ++b)
@@ -73,42 +67,33 @@ __device__ __forceinline__ void copy_tiles(
                 w.q_step + S::kQueries * w.tile, w.head, batch);
   const CUtensorMap *k_map = &maps.k[w.k_long], *v_map = &maps.v[w.k_long];
   const int kv_head = w.head / p.group;
-  Run next = at < end ? p.runs[at] : Run{0, 0, 0};
-  while (at < end) {
-    const Run run = next;
-    if (++at < end) next = p.runs[at];
-    for (int t = 0; t < run.count; ++t) {
-      const int step = w.k_step + S::kKeys * (run.first + t), stage = ring.stage;
-      const bool last = at == end && t + 1 == run.count;
-      barrier_wait(&shared.k_empty[stage], ring.phase ^ 1);
-      shared.mask[stage] = run.mask | (last ? kLast : 0);
-      barrier_expect(&shared.k_full[stage], S::kBlocks * S::kKeyBlock);
+  if (walk.empty()) return;
+  do {
+    walk.step();
+    const int step = w.k_step + S::kKeys * walk.tile, stage = ring.stage;
+    barrier_wait(&shared.k_empty[stage], ring.phase ^ 1);
+    shared.mask[stage] = walk.mark;
+    barrier_expect(&shared.k_full[stage], S::kBlocks * S::kKeyBlock);
 #pragma unroll
-      for (int b = 0; b < S::kBlocks; ++b)
-        tensor_load(shared.k[stage] + b * S::kKeyBlock, k_map, &shared.k_full[stage], 64 * b, w.k_residue, step, kv_head, batch);
-      barrier_wait(&shared.v_empty[stage], ring.phase ^ 1);
-      barrier_expect(&shared.v_full[stage], S::kBlocks * S::kKeyBlock);
+    for (int b = 0; b < S::kBlocks; ++b)
+      tensor_load(shared.k[stage] + b * S::kKeyBlock, k_map, &shared.k_full[stage], 64 * b, w.k_residue, step, kv_head, batch);
+    barrier_wait(&shared.v_empty[stage], ring.phase ^ 1);
+    barrier_expect(&shared.v_full[stage], S::kBlocks * S::kKeyBlock);
 #pragma unroll
-      for (int b = 0; b < S::kBlocks; ++b)
-        tensor_load(shared.v[stage] + b * S::kKeyBlock, v_map, &shared.v_full[stage], 64 * b, w.k_residue, step, kv_head, batch);
-      ring.next();
-    }
-  }
+    for (int b = 0; b < S::kBlocks; ++b)
+      tensor_load(shared.v[stage] + b * S::kKeyBlock, v_map, &shared.v_full[stage], 64 * b, w.k_residue, step, kv_head, batch);
+    ring.next();
+  } while (!(walk.mark & kLast));
 }
 
 template <class S>
 __device__ __forceinline__ void produce(const Params& p, const Maps& maps, Shared<S>& shared) {
   Ring<S::kStages> ring;
   uint32_t q_phase = 0;
-  const int blocks = gridDim.x;
-  for (int batch = 0; batch < p.batch; ++batch) {
-    const int list = (blockIdx.x + blocks - batch * p.n_work % blocks) % blocks;  // each batch begins where the last one ended
-    for (int n = p.starts[list]; n < p.starts[list + 1]; ++n) {
-      barrier_wait(&shared.q_empty, q_phase ^ 1);
-      shared.item = batch * p.n_work + n;
-      copy_tiles<S>(p, maps, shared, p.work[n], batch, ring);
-      q_phase ^= 1;
-    }
+  for (Share share; share.next(p.tables); q_phase ^= 1) {
+    barrier_wait(&shared.q_empty, q_phase ^ 1);
+    shared.item = share.batch * p.tables.n_work + share.n;
+    copy_tiles<S>(p, maps, shared, p.tables.work[share.n], share.batch, ring);
   }
   barrier_wait(&shared.q_empty, q_phase ^ 1);
   shared.item = -1;
@@ -180,7 +165,7 @@ struct Consumer {
 
   __device__ __forceinline__ void hide(float (&s)[kScores], int mask) {
     constexpr int kWords = S::kKeys / 64;
-    const uint64_t* words = p.masks + (int64_t{mask} * S::kQueries + group * 64 + warp * 16 + lane / 4) * kWords;
+    const uint64_t* words = p.tables.masks + (int64_t{mask} * S::kQueries + group * 64 + warp * 16 + lane / 4) * kWords;
 #pragma unroll
     for (int r = 0; r < 2; ++r)
 #pragma unroll
@@ -201,7 +186,7 @@ struct Consumer {
   __device__ __forceinline__ void bury(int mask, int stage) {
     constexpr int kWords = S::kKeys / 64;
     for (int key = thread; key < S::kKeys; key += 128)
-      if (p.dead[int64_t{mask} * kWords + key / 64] >> (key % 64) & 1)
+      if (p.tables.dead[int64_t{mask} * kWords + key / 64] >> (key % 64) & 1)
 #pragma unroll
         for (int b = 0; b < S::kBlocks; ++b)
 #pragma unroll
@@ -334,8 +319,8 @@ struct Consumer {
 
   // Divide by the sum, merge with an earlier part, write.
   __device__ __forceinline__ void finish(int item) {
-    const int batch = item / p.n_work;
-    const Work w = p.work[item - batch * p.n_work];
+    const int batch = item / p.tables.n_work;
+    const Work w = p.tables.work[item - batch * p.tables.n_work];
     const int first = S::kQueries * w.tile + group * 64 + warp * 16 + lane / 4;  // of the view's rows
     float keep[2], earlier[2] = {0, 0};
 #pragma unroll

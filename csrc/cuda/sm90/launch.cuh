@@ -3,6 +3,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <atomic>
 
 #include "forward.cuh"
 
@@ -44,19 +45,36 @@ bool encode_all(Maps& maps, const Forward& f) {
   const Sequences keys{type, f.head_dim, f.kv_heads, f.batch, f.kv_len, f.stride};
   bool good = true;
   for (const bool longer : {false, true}) {
-    good &= encode(&maps.q[longer], f.q, queries, longer, kTileQueries);
-    good &= encode(&maps.k[longer], f.k, keys, longer, f.keys);
-    good &= encode(&maps.v[longer], f.v, keys, longer, f.keys);
-    if (!writes_partial(f.merge)) good &= encode(&maps.out[longer], f.out, queries, longer, kTileQueries / 2);
+    if (!longer || f.q_len % f.stride) {
+      good &= encode(&maps.q[longer], f.q, queries, longer, kTileQueries);
+      if (!writes_partial(f.merge)) good &= encode(&maps.out[longer], f.out, queries, longer, kTileQueries / 2);
+    }
+    if (!longer || f.kv_len % f.stride) {
+      good &= encode(&maps.k[longer], f.k, keys, longer, f.keys);
+      good &= encode(&maps.v[longer], f.v, keys, longer, f.keys);
+    }
   }
   return good;
 }
 
+// Lets a kernel have so much shared memory, once for each device.
+template <class Kernel>
+cudaError_t allow(Kernel kernel, int bytes, std::atomic<uint64_t>& done) {
+  int device;
+  cudaError_t error = cudaGetDevice(&device);
+  const uint64_t bit = uint64_t{1} << (device % 64);
+  if (error != cudaSuccess || (device < 64 && done.load() & bit)) return error;
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error == cudaSuccess) done.fetch_or(bit);
+  return error;
+}
+
 template <class S, typename T, Merge kMerge, bool kBury>
 cudaError_t launch(const Maps& maps, const Params& p, int processors, cudaStream_t stream) {
+  static std::atomic<uint64_t> allowed{0};
   const auto kernel = forward<S, T, kMerge, kBury>;
   const int bytes = sizeof(Shared<S>) + 1024;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  const cudaError_t error = allow(kernel, bytes, allowed);
   if (error != cudaSuccess) return error;
   kernel<<<processors, S::kThreads, bytes, stream>>>(maps, p);
   return cudaGetLastError();
@@ -82,8 +100,7 @@ int launch_forward(const Forward& f, cudaStream_t stream) {
   if (!encoder()) return cudaErrorNotSupported;
   Maps maps;
   if (!encode_all<T>(maps, f)) return cudaErrorInvalidValue;
-  const Params p{reinterpret_cast<const Work*>(f.work), f.starts, f.row_start, reinterpret_cast<const Run*>(f.runs), f.masks, f.dead, f.partial,
-                 f.lse, f.n_work, f.batch, f.heads, f.heads / f.kv_heads, f.q_len, f.head_dim, f.scale * 1.4426950408889634f};
+  const Params p{f.tables, f.partial, f.lse, f.heads, f.heads / f.kv_heads, f.q_len, f.head_dim, f.scale * 1.4426950408889634f};
   if (f.keys == 128 && f.head_dim <= 64) return launch_shape<Shape<64, 128, 4>, T>(f, maps, p, stream);
   if (f.keys == 128 && f.head_dim <= 128) return launch_shape<Shape<128, 128, 2>, T>(f, maps, p, stream);
   if (f.keys != 64) return cudaErrorInvalidValue;

@@ -1,0 +1,154 @@
+#include <cuda_runtime.h>
+
+#include "../walk.cuh"
+#include "blocks.h"
+
+namespace sparse_attention::blocks {
+namespace {
+
+// 16 bytes that are 0 or 1 -> 16 bits.
+__device__ __forceinline__ uint32_t squeeze(uint4 bytes) {
+  const auto four = [](uint32_t x) { return x * 0x01020408u >> 24 & 0xF; };
+  return four(bytes.x) | four(bytes.y) << 4 | four(bytes.z) << 8 | four(bytes.w) << 12;
+}
+
+// Every bit of x twice: bit b becomes bits 2 b and 2 b + 1.
+__device__ __forceinline__ uint64_t twice(uint32_t x) {
+  uint64_t wide = x;
+  wide = (wide | wide << 16) & 0x0000FFFF0000FFFFull;
+  wide = (wide | wide << 8) & 0x00FF00FF00FF00FFull;
+  wide = (wide | wide << 4) & 0x0F0F0F0F0F0F0F0Full;
+  wide = (wide | wide << 2) & 0x3333333333333333ull;
+  wide = (wide | wide << 1) & 0x5555555555555555ull;
+  return wide | wide << 1;
+}
+
+// A thread makes one word of one block row.
+__global__ void pack_kernel(const Pack p) {
+  const int64_t index = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  const int word = index % p.words;
+  const int64_t row = index / p.words;  // of all heads
+  if (row >= int64_t{p.heads} * p.q_blocks) return;
+  const int count = 64 / p.tiles_a_block, first = word * count, stop = min(count, p.kv_blocks - first);
+  const uint8_t* from = p.mask + row * p.kv_blocks + first;
+  uint64_t found = 0;
+  if (stop == count && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
+    for (int n = 0; n < count; n += 16) found |= uint64_t{squeeze(__ldcs(reinterpret_cast<const uint4*>(from + n)))} << n;
+  } else {
+    for (int n = 0; n < stop; ++n) found |= uint64_t{from[n] != 0} << n;
+  }
+  if (p.tiles_a_block == 2) found = twice(static_cast<uint32_t>(found));
+  const int64_t head = row / p.q_blocks;
+  for (int r = 0; r < p.rows_a_block; ++r) {
+    const int64_t at = (row - head * p.q_blocks) * p.rows_a_block + r;
+    if (at < p.rows) p.bits[(head * p.rows + at) * p.words + word] = found;
+  }
+  if (row % p.q_blocks == p.q_blocks - 1)
+    for (int at = p.q_blocks * p.rows_a_block; at < p.rows; ++at) p.bits[(head * p.rows + at) * p.words + word] = 0;
+}
+
+// Set bits first to first + count - 1 of either row.
+__device__ __forceinline__ int set_bits(const uint64_t* upper, const uint64_t* lower, int first, int count) {
+  int found = 0;
+  for (int at = first, end = first + count; at < end;) {
+    const int shift = at % 64, take = min(64 - shift, end - at);
+    const uint64_t both = (upper[at / 64] | lower[at / 64]) >> shift;
+    found += __popcll(take == 64 ? both : both & ((uint64_t{1} << take) - 1));
+    at += take;
+  }
+  return found;
+}
+
+__global__ void count_kernel(const Tables t, int32_t* lengths) {
+  const int n = blockIdx.x * blockDim.x + threadIdx.x;
+  if (n >= t.n_work) return;
+  const Work w = t.work[n];
+  const uint64_t* upper = t.bits + (int64_t{w.head % t.bit_heads} * t.bit_rows + 2 * w.tile) * t.bit_words;
+  int length = 0;
+  for (int r = t.row_start[w.row]; r < t.row_start[w.row + 1]; ++r)
+    length += set_bits(upper, upper + t.bit_words, t.runs[r].first, t.runs[r].count);
+  lengths[n] = length;
+}
+
+constexpr int kThreads = 1024, kGrades = 64, kLongGrades = 256, kMostSections = 128;
+
+__device__ int block_sum(int x, int* scratch) {  // scratch: [33]; the same answer for all threads
+  for (int d = 16; d; d /= 2) x += __shfl_xor_sync(~0u, x, d);
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
+  __syncthreads();
+  if (threadIdx.x < 32) {
+    int y = scratch[threadIdx.x];
+    for (int d = 16; d; d /= 2) y += __shfl_xor_sync(~0u, y, d);
+    if (threadIdx.x == 0) scratch[32] = y;
+  }
+  __syncthreads();
+  return scratch[32];
+}
+
+// One block counts the items of each grade, then places them: outliers by length, then section by section by length. Where two
+// items are of one grade, their order is left to chance: it decides when they run, not what they give.
+__global__ void __launch_bounds__(kThreads) sort_kernel(const Tables t, const int32_t* lengths, int32_t* order, int sections, int section, int outlier) {
+  extern __shared__ int places[];
+  __shared__ int scratch[33];
+  const int grades = kLongGrades + sections * kGrades;
+  for (int g = threadIdx.x; g < grades; g += kThreads) places[g] = 0;
+  int sum = 0, most = 1;
+  for (int n = threadIdx.x; n < t.n_work; n += kThreads) sum += lengths[n], most = max(most, lengths[n]);
+  const float mean = static_cast<float>(block_sum(sum, scratch)) / t.n_work;
+  __syncthreads();
+  for (int d = 16; d; d /= 2) most = max(most, __shfl_xor_sync(~0u, most, d));
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = most;
+  __syncthreads();
+  for (int w = 0; w < 32; ++w) most = max(most, scratch[w]);
+  const float bound = fmaxf(outlier * mean, 1.0f);
+  const auto grade = [&](int n) {
+    const int length = lengths[n];
+    if (length > bound) return min(kLongGrades - 1, static_cast<int>((most - length) / (most - bound) * kLongGrades));
+    return kLongGrades + t.work[n].head / section % sections * kGrades + min(kGrades - 1, static_cast<int>((bound - length) / bound * kGrades));
+  };
+  __syncthreads();
+  for (int n = threadIdx.x; n < t.n_work; n += kThreads) atomicAdd(&places[grade(n)], 1);
+  __syncthreads();
+  int before = 0;  // of this round of 1024 grades
+  for (int base = 0; base < grades; base += kThreads) {
+    const int g = base + threadIdx.x, mine = g < grades ? places[g] : 0;
+    int inclusive = mine;
+    for (int d = 1; d < 32; d *= 2) {
+      const int left = __shfl_up_sync(~0u, inclusive, d);
+      if (threadIdx.x % 32 >= d) inclusive += left;
+    }
+    if (threadIdx.x % 32 == 31) scratch[threadIdx.x / 32] = inclusive;
+    __syncthreads();
+    int warps = 0, all = 0;
+    for (int w = 0; w < 32; ++w) {
+      if (w < threadIdx.x / 32) warps += scratch[w];
+      all += scratch[w];
+    }
+    if (g < grades) places[g] = before + warps + inclusive - mine;
+    before += all;
+    __syncthreads();
+  }
+  for (int n = threadIdx.x; n < t.n_work; n += kThreads) order[atomicAdd(&places[grade(n)], 1)] = n;
+}
+
+}  // namespace
+
+int pack(const Pack& p, void* stream) {
+  const int64_t threads = int64_t{p.heads} * p.q_blocks * p.words;
+  pack_kernel<<<static_cast<unsigned>((threads + 255) / 256), 256, 0, static_cast<cudaStream_t>(stream)>>>(p);
+  return cudaGetLastError();
+}
+
+int count(const Tables& t, int32_t* lengths, void* stream) {
+  count_kernel<<<(t.n_work + 127) / 128, 128, 0, static_cast<cudaStream_t>(stream)>>>(t, lengths);
+  return cudaGetLastError();
+}
+
+int sort(const Tables& t, const int32_t* lengths, int32_t* order, int heads, int section, int outlier, void* stream) {
+  const int sections = min(kMostSections, (heads + section - 1) / section);
+  const int bytes = (kLongGrades + sections * kGrades) * sizeof(int);
+  sort_kernel<<<1, kThreads, bytes, static_cast<cudaStream_t>(stream)>>>(t, lengths, order, sections, section, outlier);
+  return cudaGetLastError();
+}
+
+}  // namespace sparse_attention::blocks

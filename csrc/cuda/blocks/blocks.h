@@ -1,0 +1,25 @@
+// Block masks that become part of a layout on the device: no copy to the host, no wait.
+#pragma once
+#include <cstdint>
+
+#include "../tile.h"
+
+namespace sparse_attention::blocks {
+
+struct Pack {
+  const uint8_t* mask;  // [heads, q_blocks, kv_blocks], 0 or 1
+  uint64_t* bits;       // [heads, rows, words]: for each 64 queries, which key tiles they may see
+  int32_t heads, q_blocks, kv_blocks, rows, words;
+  int32_t rows_a_block, tiles_a_block;  // 64 queries, and key tiles, in one block
+};
+
+// All return a cudaError_t.
+int pack(const Pack& p, void* stream);
+
+// How many key tiles each item visits: int32 [n_work].
+int count(const Tables& t, int32_t* lengths, void* stream);
+
+// The items, long ones first, `section` heads at a time: int32 [n_work] into `order`. Those over `outlier` times the mean come before all.
+int sort(const Tables& t, const int32_t* lengths, int32_t* order, int heads, int section, int outlier, void* stream);
+
+}  // namespace sparse_attention::blocks

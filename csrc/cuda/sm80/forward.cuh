@@ -1,0 +1,327 @@
+// Forward over a layout's tiles with warp matrix products (Ampere and later): FlashAttention-2's loop over the steps that a layout
+// lists. Keys arrive while the weights of the step before are multiplied, values while the scores are.
+#pragma once
+#include "ptx.h"
+#include "steps.cuh"
+
+namespace sparse_attention::sm80 {
+
+__host__ __device__ constexpr bool reads_partial(Merge m) { return m == kMiddlePart || m == kLastPart; }
+__host__ __device__ constexpr bool writes_partial(Merge m) { return m == kFirstPart || m == kMiddlePart; }
+
+// Keys of a step; warps of 16 * kBlocks queries each; blocks that a multiprocessor should hold.
+template <int kDim_, int kKeys_, int kBlocks_, int kResident_>
+struct Shape {
+  static constexpr int kDim = kDim_, kKeys = kKeys_, kBlocks = kBlocks_, kResident = kResident_;
+  static constexpr int kThreads = kTileQueries / (16 * kBlocks) * 32;
+  static constexpr int kPitch = 2 * kDim;  // bytes of a row in shared memory
+  static_assert(kDim % 64 == 0 && (kKeys == 32 || kKeys == 64));
+};
+
+template <class S>
+struct alignas(128) Shared {
+  uint8_t q[kTileQueries * S::kPitch];
+  uint8_t k[S::kKeys * S::kPitch];
+  uint8_t v[S::kKeys * S::kPitch];
+  uint64_t mask[kTileQueries];
+  Item items[2];
+  Step step[2];
+  Steps<S::kKeys> steps;
+};
+
+// Where 8 columns of a row lie. Eight rows of the same columns are in eight different quarters of the banks.
+template <class S>
+__device__ __forceinline__ int place(int row, int columns) {
+  return row * S::kPitch + (columns ^ row % 8) * 16;
+}
+
+// `real` rows of head_dim columns; zeros for the rest of kRows rows of kDim columns, and for the rows in `skip`.
+template <class S, int kRows>
+__device__ __forceinline__ void copy_rows(uint8_t* to, const uint8_t* from, int64_t pitch, int real, int head_dim, uint64_t skip = 0) {
+  constexpr int kColumns = S::kDim / 8, kTogether = S::kThreads / kColumns / 8 * 8;  // rows copied at a time
+  static_assert(kTogether > 0 && kRows % kTogether == 0);
+  const int first = threadIdx.x / kColumns, columns = threadIdx.x % kColumns;
+  const uint32_t target = shared_address(to) + place<S>(first, columns);
+  if (first >= kTogether) return;
+  const int mine = 8 * columns < head_dim ? real - first : 0;
+  from += first * pitch + columns * 16;
+#pragma unroll
+  for (int row = 0; row < kRows; row += kTogether) {
+    const bool wanted = row < mine && !(skip >> ((first + row) % 64) & 1);
+    copy_16(target + row * S::kPitch, from, wanted);
+    from += kTogether * pitch;
+  }
+}
+
+// A warp's queries. Accumulator i of block m and columns 8 j to 8 j + 7 is row 16 m + 8 (i / 2) + lane / 4, column lane % 4 * 2 + i % 2.
+template <class S, typename T>
+struct Consumer {
+  static constexpr int kBlocks = S::kBlocks;
+
+  const Params& p;
+  Shared<S>& shared;
+  const int warp, lane;
+  float out[kBlocks][S::kDim / 8][4];
+  float most[kBlocks][2], sum[kBlocks][2];  // the base of the softmax, in scores; this lane's part of the weights' sum
+
+  __device__ Consumer(const Params& p, Shared<S>& shared) : p(p), shared(shared), warp(threadIdx.x / 32), lane(threadIdx.x % 32) {}
+
+  __device__ __forceinline__ void run() {
+    if (threadIdx.x == 0) {
+      shared.steps.begin();
+      shared.steps.next(p, shared.step[0], shared.items);
+    }
+    __syncthreads();
+    if (shared.step[0].item < 0) return;
+    copy_queries_and_keys(shared.step[0]);
+    clear();
+    for (int n = 0;; n ^= 1) {
+      const Step &step = shared.step[n], &following = shared.step[n ^ 1];
+      arrived();  // keys; all are done with the values of the step before
+      copy_values(step);
+      if (threadIdx.x == 0) shared.steps.next(p, shared.step[n ^ 1], shared.items);
+      copies_commit();
+      float s[kBlocks][S::kKeys / 8][4];
+      score(s);
+      arrived();  // values; all are done with the keys, and the next step is known
+      const bool more = following.item >= 0;
+      if (more) copy_queries_and_keys(following);
+      if (step.mask != kFull) hide(s, step);
+      soften(s);
+      weigh(s);
+      if (step.last) {
+        finish(shared.items[step.item]);
+        if (!more) return;
+        clear();
+      }
+    }
+  }
+
+  __device__ __forceinline__ void arrived() {
+    copies_wait<0>();
+    __syncthreads();
+  }
+
+  __device__ __forceinline__ void copy_queries_and_keys(const Step& step) {
+    const Item& x = shared.items[step.item];
+    if (step.first) copy_rows<S, kTileQueries>(shared.q, x.q, x.q_pitch, x.queries, p.head_dim);
+    copy_rows<S, S::kKeys>(shared.k, x.k + step.key * x.k_pitch, x.k_pitch, step.keys, p.head_dim);
+    copies_commit();
+  }
+
+  // Values that no query sees become 0: their weight is 0, but they may be NaN.
+  __device__ __forceinline__ void copy_values(const Step& step) {
+    const Item& x = shared.items[step.item];
+    if (step.mask != kFull && step.mask != kNothing) {
+      const int words = p.keys / 64, word = step.part * S::kKeys / 64;
+      for (int row = threadIdx.x; row < kTileQueries; row += S::kThreads)
+        copy_few<8>(&shared.mask[row], p.tables.masks + (int64_t{step.mask} * kTileQueries + row) * words + word);
+      if (step.dead) {
+        const uint64_t skip = p.tables.dead[int64_t{step.mask} * words + word] >> (step.part * S::kKeys % 64);
+        copy_rows<S, S::kKeys>(shared.v, x.v + step.key * x.v_pitch, x.v_pitch, step.keys, p.head_dim, skip);
+        return;
+      }
+    }
+    copy_rows<S, S::kKeys>(shared.v, x.v + step.key * x.v_pitch, x.v_pitch, step.keys, p.head_dim);
+  }
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int m = 0; m < kBlocks; ++m) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) most[m][r] = -INFINITY, sum[m][r] = 0;
+#pragma unroll
+      for (int j = 0; j < S::kDim / 8; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) out[m][j][i] = 0;
+    }
+  }
+
+  __device__ __forceinline__ void score(float (&s)[kBlocks][S::kKeys / 8][4]) {
+#pragma unroll
+    for (int m = 0; m < kBlocks; ++m)
+#pragma unroll
+      for (int j = 0; j < S::kKeys / 8; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) s[m][j][i] = 0;
+    // Rows 0 to 15 by columns 0 to 15 of the queries; 16 keys of as many columns.
+    const uint32_t q = shared_address(shared.q) + place<S>(warp * 16 * kBlocks + lane % 16, lane / 16);
+    const uint32_t k = shared_address(shared.k) + place<S>(lane / 16 * 8 + lane % 8, lane / 8 % 2);
+#pragma unroll
+    for (int x = 0; x < S::kDim / 16; ++x) {
+      uint32_t a[kBlocks][4];
+#pragma unroll
+      for (int m = 0; m < kBlocks; ++m) load_matrices(a[m], (q ^ (x % 4 * 32)) + x / 4 * 128 + m * 16 * S::kPitch);
+#pragma unroll
+      for (int j = 0; j < S::kKeys / 16; ++j) {
+        uint32_t b[4];
+        load_matrices(b, (k ^ (x % 4 * 32)) + x / 4 * 128 + j * 16 * S::kPitch);
+#pragma unroll
+        for (int m = 0; m < kBlocks; ++m) {
+          multiply<T>(s[m][2 * j], a[m], b[0], b[1]);
+          multiply<T>(s[m][2 * j + 1], a[m], b[2], b[3]);
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void hide(float (&s)[kBlocks][S::kKeys / 8][4], const Step& step) {
+#pragma unroll
+    for (int m = 0; m < kBlocks; ++m)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        uint64_t bits = shared.mask[(warp * kBlocks + m) * 16 + 8 * r + lane / 4] >> (step.part * S::kKeys % 64 + lane % 4 * 2);
+        if (step.mask == kNothing) bits = 0;
+        const uint32_t half[2] = {static_cast<uint32_t>(bits), static_cast<uint32_t>(bits >> 32)};
+#pragma unroll
+        for (int j = 0; j < S::kKeys / 8; ++j)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            float& score = s[m][j][2 * r + e];
+            score = half[j / 4] >> (j % 4 * 8 + e) & 1 ? score : -INFINITY;
+          }
+      }
+  }
+
+  // Scores become weights in place. The base of a row moves only when a weight would be larger than 2^8: few steps pay for that.
+  __device__ __forceinline__ void soften(float (&s)[kBlocks][S::kKeys / 8][4]) {
+    float top[kBlocks][2];
+    bool moves = false;
+#pragma unroll
+    for (int m = 0; m < kBlocks; ++m)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float& x = top[m][r];
+        x = fmaxf(s[m][0][2 * r], s[m][0][2 * r + 1]);
+#pragma unroll
+        for (int j = 1; j < S::kKeys / 8; ++j) x = fmaxf(x, fmaxf(s[m][j][2 * r], s[m][j][2 * r + 1]));
+        x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+        x = fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+        moves |= x > most[m][r] + p.slack;
+      }
+    if (__any_sync(~0u, moves)) move(top);
+#pragma unroll
+    for (int m = 0; m < kBlocks; ++m)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float base = most[m][r] == -INFINITY ? 0.0f : most[m][r] * p.scale_log2;
+        float added = 0;
+#pragma unroll
+        for (int j = 0; j < S::kKeys / 8; ++j)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            float& x = s[m][j][2 * r + e];
+            x = exp2_fast(fmaf(x, p.scale_log2, -base));
+            added += x;
+          }
+        sum[m][r] += added;
+      }
+  }
+
+  __device__ __forceinline__ void move(const float (&top)[kBlocks][2]) {
+#pragma unroll
+    for (int m = 0; m < kBlocks; ++m)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float base = fmaxf(most[m][r], top[m][r]);
+        const float worth = base == -INFINITY ? 0.0f : exp2_fast((most[m][r] - base) * p.scale_log2);
+        most[m][r] = base;
+        sum[m][r] *= worth;
+#pragma unroll
+        for (int j = 0; j < S::kDim / 8; ++j) out[m][j][2 * r] *= worth, out[m][j][2 * r + 1] *= worth;
+      }
+  }
+
+  __device__ __forceinline__ void weigh(const float (&s)[kBlocks][S::kKeys / 8][4]) {
+    // 16 keys by 16 columns of the values, transposed.
+    const uint32_t v = shared_address(shared.v) + place<S>(lane % 16, lane / 16);
+#pragma unroll
+    for (int x = 0; x < S::kKeys / 16; ++x) {
+      uint32_t a[kBlocks][4];
+#pragma unroll
+      for (int m = 0; m < kBlocks; ++m)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) a[m][i] = pack<T>(s[m][2 * x + i / 2][i % 2 * 2], s[m][2 * x + i / 2][i % 2 * 2 + 1]);
+#pragma unroll
+      for (int j = 0; j < S::kDim / 16; ++j) {
+        uint32_t b[4];
+        load_matrices_transposed(b, (v ^ (j % 4 * 32)) + j / 4 * 128 + x * 16 * S::kPitch);
+#pragma unroll
+        for (int m = 0; m < kBlocks; ++m) {
+          multiply<T>(out[m][2 * j], a[m], b[0], b[1]);
+          multiply<T>(out[m][2 * j + 1], a[m], b[2], b[3]);
+        }
+      }
+    }
+  }
+
+  // Divide by the sum, merge with an earlier part, write.
+  __device__ __forceinline__ void finish(const Item& x) {
+#pragma unroll
+    for (int m = 0; m < kBlocks; ++m)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int row = (warp * kBlocks + m) * 16 + 8 * r + lane / 4;
+        const bool real = row < x.queries;
+        const int64_t query = x.lse + int64_t{x.stride} * row;
+        float all = sum[m][r];
+        all += __shfl_xor_sync(~0u, all, 1);
+        all += __shfl_xor_sync(~0u, all, 2);
+        float keep = all == 0 ? 0 : 1 / all, earlier = 0;
+        float lse = all == 0 ? -INFINITY : (most[m][r] * p.scale_log2 + __log2f(all)) * 0.6931471805599453f;
+        if (reads_partial(p.merge)) {
+          const float before = real ? p.lse[query] : -INFINITY, top = fmaxf(lse, before);
+          if (top != -INFINITY) {
+            const float mine = __expf(lse - top), theirs = __expf(before - top);
+            keep *= mine / (mine + theirs);
+            earlier = theirs / (mine + theirs);
+            lse = top + __logf(mine + theirs);
+          }
+          __syncwarp();  // all four lanes of a row have read what one of them writes
+        }
+        if (real && lane % 4 == 0) p.lse[query] = lse;
+        float* partial = p.partial + query * p.head_dim;
+        uint8_t* target = x.out + row * x.out_pitch;
+#pragma unroll
+        for (int j = 0; j < S::kDim / 8; j += 4) store(m, r, j, keep, earlier, real, partial, target);
+      }
+  }
+
+  // Columns 8 j to 8 j + 31 of one row, by its four lanes.
+  __device__ __forceinline__ void store(int m, int r, int j, float keep, float earlier, bool real, float* partial, uint8_t* target) {
+    uint32_t words[4];
+#pragma unroll
+    for (int b = 0; b < 4; ++b) {
+      const int column = 8 * (j + b) + lane % 4 * 2;
+      const bool here = real && column < p.head_dim;
+      float2 value = {out[m][j + b][2 * r] * keep, out[m][j + b][2 * r + 1] * keep};
+      if (reads_partial(p.merge) && here) {
+        const float2 before = __ldcs(reinterpret_cast<const float2*>(partial + column));
+        value.x = fmaf(before.x, earlier, value.x), value.y = fmaf(before.y, earlier, value.y);
+      }
+      if (writes_partial(p.merge) && here) *reinterpret_cast<float2*>(partial + column) = value;
+      words[b] = pack<T>(value.x, value.y);
+    }
+    if (writes_partial(p.merge)) return;
+    // Lane t has pair t of each of four times 8 columns; it gets all of the t-th.
+#pragma unroll
+    for (int step = 1; step < 4; step *= 2)
+#pragma unroll
+      for (int b = 0; b < 4; ++b)
+        if (!(b & step)) {
+          const bool upper = lane & step;
+          const uint32_t got = __shfl_xor_sync(~0u, upper ? words[b] : words[b + step], step);
+          (upper ? words[b] : words[b + step]) = got;
+        }
+    const int columns = j + lane % 4;
+    if (real && 8 * columns < p.head_dim) *reinterpret_cast<uint4*>(target + columns * 16) = uint4{words[0], words[1], words[2], words[3]};
+  }
+};
+
+template <class S, typename T>
+__global__ void __launch_bounds__(S::kThreads, S::kResident) forward(const __grid_constant__ Params p) {
+  extern __shared__ __align__(128) uint8_t raw[];
+  Consumer<S, T>(p, *reinterpret_cast<Shared<S>*>(raw)).run();
+}
+
+}  // namespace sparse_attention::sm80

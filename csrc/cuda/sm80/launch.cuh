@@ -1,0 +1,56 @@
+// Host side of the sm80 tier: the choice of a kernel, the launch. No torch.
+#pragma once
+#include <cuda_runtime.h>
+
+#include "forward.cuh"
+
+namespace sparse_attention::sm80 {
+namespace {
+
+constexpr int kLeastShared = 99 * 1024;  // what a block may have on compute capability 8.6 and 8.9
+
+template <class S, typename T>
+cudaError_t prepare() {
+  static_assert(sizeof(Shared<S>) <= kLeastShared);
+  return cudaFuncSetAttribute(forward<S, T>, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared<S>));
+}
+
+// Calls f(Shape) with the kernel's shape for this head_dim.
+template <class F>
+auto with_shape(int head_dim, F f) {
+  if (head_dim <= 64) return f(Shape<64, 64, 2, 2>());
+  if (head_dim <= 128) return f(Shape<128, 64, 2, 2>());
+  if (head_dim <= 192) return f(Shape<192, 64, 1, 1>());
+  return f(Shape<256, 32, 1, 1>());
+}
+
+// Blocks that a multiprocessor of the current device holds; 0 if that cannot be found out.
+template <typename T>
+int count_resident_blocks(int head_dim) {
+  return with_shape(head_dim, [](auto shape) {
+    using S = decltype(shape);
+    int blocks = 0;
+    if (prepare<S, T>() != cudaSuccess) return 0;
+    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, forward<S, T>, S::kThreads, sizeof(Shared<S>));
+    return blocks;
+  });
+}
+
+Strided in_bytes(const Strided& x) { return {x.data, 2 * x.batch, 2 * x.head, 2 * x.row}; }
+
+template <typename T>
+int launch_forward(const Forward& f, cudaStream_t stream) {
+  if (f.keys != 64 && f.keys != 128) return cudaErrorInvalidValue;
+  const float scale_log2 = f.scale * 1.4426950408889634f;
+  const Params p{f.tables, in_bytes(f.q), in_bytes(f.k), in_bytes(f.v), in_bytes(f.out), f.partial, f.lse, f.heads, f.heads / f.kv_heads,
+                 f.q_len, f.kv_len, f.head_dim, f.keys, f.merge, scale_log2, 8 / scale_log2};
+  return with_shape(f.head_dim, [&](auto shape) {
+    using S = decltype(shape);
+    if (const cudaError_t error = prepare<S, T>()) return error;
+    forward<S, T><<<f.processors, S::kThreads, sizeof(Shared<S>), stream>>>(p);
+    return cudaGetLastError();
+  });
+}
+
+}  // namespace
+}  // namespace sparse_attention::sm80

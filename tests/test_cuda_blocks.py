@@ -1,0 +1,122 @@
+"""Block masks that become layouts on a CUDA device: accuracy, graphs whose mask changes, no wait. Skipped without one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import sparse_attention as sa
+from sparse_attention import cuda_blocks, cuda_tables
+from tests.cuda_calls import assert_accurate, tensors
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+
+pytestmark = pytest.mark.cuda
+
+
+def random_mask(block, q_len, kv_len, heads=None, density=0.3, seed=0):
+    generator = torch.Generator("cuda").manual_seed(seed)
+    shape = (-(-q_len // block), -(-kv_len // block))
+    return torch.rand(*((heads,) if heads else ()), *shape, device="cuda", generator=generator) < density
+
+
+@pytest.mark.parametrize("head_dim", (64, 128, 192))
+@pytest.mark.parametrize("block", (16, 32, 64, 128))
+@pytest.mark.parametrize("base", (None, sa.Causal(), sa.SlidingWindow(300) | sa.Sinks(70)), ids=str)
+@pytest.mark.parametrize("lengths", ((1000, 1000), (300, 1100), (128, 1536), (1, 200)), ids=str)
+def test_live_and_still_masks(head_dim, block, base, lengths):
+    q, k, v = tensors(2, 4, 2, *lengths, head_dim)
+    for heads in (None, 4):
+        mask = random_mask(block, *lengths, heads)
+        for kind in (sa.LiveBlocks, sa.BlockSparse):
+            pattern = kind(mask, block) if base is None else kind(mask, block) & base
+            assert_accurate(q, k, v, pattern.frozen(), *sa.attention(q, k, v, pattern, impl="tile", return_lse=True))
+
+
+def test_empty_and_full_masks():
+    q, k, v = tensors(1, 2, 2, 500, 500, 64)
+    mask = torch.zeros(8, 8, dtype=torch.bool, device="cuda")
+    out, lse = sa.attention(q, k, v, sa.LiveBlocks(mask, 64), return_lse=True)
+    assert not out.any() and (lse == -torch.inf).all()
+    mask.fill_(True)
+    assert_accurate(q, k, v, sa.Dense(), *sa.attention(q, k, v, sa.LiveBlocks(mask, 64), return_lse=True))
+
+
+def test_nan_behind_the_mask():
+    q, k, v = tensors(1, 2, 2, 512, 512, 64)
+    mask = random_mask(64, 512, 512)
+    mask[:, 3] = False
+    mask[5, 5] = False  # keys of the diagonal that only later rows would see
+    mask[6:, 5] = False
+    pattern = sa.LiveBlocks(mask, 64) & sa.Causal()
+    unseen = ~pattern.mask(512, 512, 2).any(1).cuda()[None, :, :, None]
+    clean, bad = ([x.masked_fill(unseen, value) for x in (k, v)] for value in (0.0, torch.nan))
+    assert_accurate(q, *bad, pattern.frozen(), *sa.attention(q, *bad, pattern, return_lse=True), clean=clean)
+
+
+def test_a_graph_replays_with_another_mask():
+    q, k, v = tensors(1, 4, 4, 2048, 2048, 128)
+    mask = random_mask(128, 2048, 2048, 4)
+    pattern = sa.LiveBlocks(mask, 128) & sa.Causal()
+    sa.attention(q, k, v, pattern)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = sa.attention(q, k, v, pattern)
+    for seed in (1, 2, 3):
+        mask.copy_(random_mask(128, 2048, 2048, 4, seed=seed))
+        graph.replay()
+        assert torch.equal(out, sa.attention(q, k, v, pattern))
+        still = pattern.frozen()
+        assert_accurate(q, k, v, still, out, sa.attention(q, k, v, still, return_lse=True)[1])
+
+
+def test_no_wait_for_the_device():
+    q, k, v = tensors(1, 4, 4, 2048, 2048, 64)
+    mask = random_mask(64, 2048, 2048, 4)
+    sa.attention(q, k, v, sa.LiveBlocks(mask, 64))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            sa.attention(q, k, v, sa.LiveBlocks(mask.clone(), 64) & sa.Causal(), impl="auto")
+            sa.attention(q, k, v, sa.LiveBlocks(mask.clone(), 64), impl="auto")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_graph_cannot_hold_what_the_host_reads():
+    q, k, v = tensors(1, 2, 2, 256, 256, 64)
+    mask = random_mask(32, 256, 256)
+    for pattern in (sa.LiveBlocks(mask, 32), sa.LiveBlocks(torch.ones(4, 4, dtype=torch.bool), 64)):
+        with pytest.raises(ValueError, match="CUDA graph cannot hold that"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            sa.attention(q, k, v, pattern)
+
+
+@pytest.mark.parametrize("heads, blocks, density", ((32, 1024, 0.1), (5, 300, 0.5), (2, 77, 1.0), (130, 32, 0.2)))
+def test_bits_and_order(heads, blocks, density):
+    """The packed mask is the mask; the order holds each item once, outliers first, then few heads at a time by length."""
+    from sparse_attention import cuda_tile
+    from sparse_attention.dispatch import Sizes
+
+    length = 64 * blocks
+    sizes = Sizes(1, heads, heads, length, length, 64, torch.bfloat16, "cuda")
+    mask = random_mask(64, length, length, heads, density)
+    mask[0, :2] = True
+    taken = cuda_blocks.split(sa.LiveBlocks(mask, 64) & sa.Causal(), length, length, heads)
+    made, items = cuda_tile.filtered(taken, sizes, mask.device)
+    bits = (made.bits.unsqueeze(-1) >> torch.arange(64, device="cuda") & 1).bool().flatten(2)[..., :blocks]
+    assert torch.equal(bits[:, :blocks], mask)
+    order = made.order.long()
+    assert torch.equal(order.sort().values, torch.arange(len(items), device="cuda"))
+    items = items[order].long()
+    below = torch.ones(blocks, blocks, dtype=torch.bool, device="cuda").tril()
+    seen = torch.nn.functional.pad(mask & below, (0, 0, 0, blocks % 2)).unflatten(1, (-1, 2)).any(2).sum(-1)
+    length_of = seen[items[:, 0], items[:, 2]].double()
+    outlier = length_of > 4 * length_of.mean()
+    assert torch.equal(outlier, outlier.sort(descending=True).values)
+    section = items[~outlier, 0] // cuda_tables.SECTION
+    if heads <= 128 * cuda_tables.SECTION:
+        assert torch.equal(section, section.sort().values)
+    for one in section.unique():
+        lengths = length_of[~outlier][section == one]
+        assert (lengths.diff() <= 4 * length_of.mean() / 64 + 1).all()
