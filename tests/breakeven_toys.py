@@ -102,6 +102,22 @@ def shared(fast: float) -> Workload:
     return workload
 
 
+_drawn = np.random.default_rng(7).standard_normal(64)
+
+
+def drawn() -> Workload:
+    """Over one array for all, of which a seed says all there is."""
+
+    def refresh(seed):
+        _drawn[:] = np.random.default_rng(seed).standard_normal(64)
+
+    def call():
+        take(1e-3)
+        return 2 * _drawn
+
+    return Workload(call, {"plain": call}, lambda y: np.testing.assert_allclose(y, 2 * _drawn), [_drawn], refresh)
+
+
 def light() -> Workload:
     """Wrong in a process that has loaded torch or the package above the harness."""
     heavy = {"torch", "sparse_attention"} & set(sys.modules)

@@ -135,6 +135,32 @@ def test_a_short_call_is_timed_in_a_graph_and_both_figures_are_kept():
     assert cuda.log[-6:] == ["flush", "short"] * 3
 
 
+def test_the_device_is_kept_busy_until_a_slow_host_has_queued_the_call(monkeypatch):
+    cuda, host = FakeCuda(), types.SimpleNamespace(now=0.0)
+    monkeypatch.setattr("sparse_attention.breakeven.cuda_clock.time", types.SimpleNamespace(perf_counter=lambda: host.now))
+
+    def call():
+        host.now += 100e-6
+        cuda.work("long", 1e-3)
+
+    timer = clock(cuda)
+    timer.together([call])
+    del cuda.log[:]
+    timer.time(call, 2)
+    assert cuda.log == (4 * ["flush"] + ["long"]) * 2, "160 us of flushes for 100 us of launching, and half as much again"
+
+
+def test_a_device_under_a_power_cap_rests(monkeypatch):
+    slept, numbers, cuda = [], dict(H100), FakeCuda()
+    monkeypatch.setattr("sparse_attention.breakeven.cuda_clock.time.sleep", slept.append)
+    timer = clock(cuda, nvml=Nvml("1", FakeNvml(numbers)))
+    for bits, milliseconds, rest in ((0, 1, None), (4, 1, 4e-3), (4, 10, 20e-3)):
+        numbers["nvmlDeviceGetCurrentClocksEventReasons"] = bits
+        del slept[:]
+        timer.time(lambda: cuda.work("heavy", 1e-3 * milliseconds), 1)
+        assert slept[-1:] == ([] if rest is None else [pytest.approx(rest, rel=0.1)])
+
+
 def test_a_short_call_that_cannot_be_captured_is_timed_as_it_is_called():
     cuda = FakeCuda(capturable=False)
     timer = clock(cuda)

@@ -171,6 +171,11 @@ def test_shared_cases_have_equal_baseline_times():
     assert found["a"].speedup / found["b"].speedup == pytest.approx(2.0, rel=0.03)
 
 
+def test_shared_inputs_change_for_every_case():
+    run, _ = raced([Case(n, "tests.breakeven_toys:drawn", share="x") for n in ("a", "b")])
+    assert [record.scout["status"] for record in run.records.values()] == ["ok", "ok"]
+
+
 def disturb(run, name, share):
     for block in run.records[name].blocks:
         block.clean = [i >= share * len(block.clean) for i in range(len(block.clean))]

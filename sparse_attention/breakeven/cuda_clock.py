@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -16,12 +17,16 @@ Call = Callable[[], Any]
 Events = list[tuple[Any, Any]]
 
 WARM_CALLS = 10  # in a row, for the figure without a flush
+MOST_FLUSHES = 16  # before one call
+REST, MOST_REST_S = 4.0, 0.02  # after a half under a power cap: so many times as long as it took
 
 
 class CudaClock(Clock):
-    """The L2 cache is overwritten before each call and outside its events; that also keeps the stream busy until the call's
+    """The L2 cache is overwritten before each call and outside its events, as often as keeps the stream busy until the call's
     launch is queued. Calls of less than `graph_below_s` are captured, each with its own flush and events as nodes of the
-    graph, and what they take when launched one by one is kept beside.
+    graph, and what they take when launched one by one, after a single flush, is kept beside.
+
+    A device under a power cap rests after each half, so that heavy calls do not slow down the ones that follow them.
     """
 
     least_s = 50e-6
@@ -40,9 +45,12 @@ class CudaClock(Clock):
         self._flush = _memory(2 * self._properties.L2_cache_size) if flush is None else flush
         self._nvml = _nvml(self._properties) if nvml is None else nvml
         self._calls: dict[int, Call] = {}  # keeps them alive, so that no other has the same id
+        self._flushes: dict[int, int] = {}  # before each call
+        self._queued_s: dict[int, float] = {}  # what each takes when its launch does not count
         self._figures: dict[int, dict[str, float]] = {}
         self._graphs: dict[tuple[int, int], tuple[Any, Events]] = {}
         self._in_graphs: set[int] = set()
+        self._flush_s: float | None = None  # what overwriting the cache takes
         self._reading: Reading | None = None
         self._seen: list[Reading] = []
         self._refused: dict[str, int] = collections.Counter()
@@ -60,11 +68,13 @@ class CudaClock(Clock):
         for call in calls:
             if id(call) not in self._calls:
                 self._calls[id(call)] = call
-                for _ in range(3):
-                    call()
+                launch_s = self._launch_s(call)
+                self._flushes[id(call)] = 1
                 self._figures[id(call)] = {"eager_s": statistics.median(self._timed(call, 5, False))}
+                self._flushes[id(call)] = self._flushes_for(launch_s)
+                self._queued_s[id(call)] = statistics.median(self._timed(call, 5, False))
         names = {id(call) for call in calls}
-        short = min(self._figures[name]["eager_s"] for name in names) < self.graph_below_s
+        short = min(self._queued_s[name] for name in names) < self.graph_below_s
         if short and all(self._captured(call) for call in calls):
             self._in_graphs |= names
         else:
@@ -123,14 +133,39 @@ class CudaClock(Clock):
             graph.replay()
         else:
             events = self._events(inner)
-            self._enqueue(call, events)
+            self._enqueue(call, events, self._flushes[id(call)])
         self._read()  # while the device works
         self.settle()
-        return [start.elapsed_time(stop) * 1e-3 for start, stop in events]
+        taken = [start.elapsed_time(stop) * 1e-3 for start, stop in events]
+        if self._reading is not None and self._reading.power_capped:
+            time.sleep(min(REST * sum(taken), MOST_REST_S))
+        return taken
 
-    def _enqueue(self, call: Call, events: Events) -> None:
-        for start, stop in events:
+    def _launch_s(self, call: Call) -> float:
+        """What queueing a call takes the host; the first of three makes things ready."""
+        took = []
+        for _ in range(3):
+            self.settle()
+            start = time.perf_counter()
+            call()
+            took.append(time.perf_counter() - start)
+        return statistics.median(took)
+
+    def _flushes_for(self, launch_s: float) -> int:
+        if self._flush_s is None:
+            ((start, stop),) = self._events(1)
             self._flush.zero_()
+            start.record()
+            self._flush.zero_()
+            stop.record()
+            self.settle()
+            self._flush_s = start.elapsed_time(stop) * 1e-3
+        return min(MOST_FLUSHES, math.ceil(1.5 * launch_s / self._flush_s)) if self._flush_s > 0 else 1
+
+    def _enqueue(self, call: Call, events: Events, flushes: int) -> None:
+        for start, stop in events:
+            for _ in range(flushes):
+                self._flush.zero_()
             start.record()
             call()
             stop.record()
@@ -145,7 +180,7 @@ class CudaClock(Clock):
         key = id(call), inner
         if key not in self._graphs:
             events = self._events(inner, external=True)  # nodes of the graph, not dependencies
-            self._graphs[key] = self._capture(lambda: self._enqueue(call, events)), events
+            self._graphs[key] = self._capture(lambda: self._enqueue(call, events, 1)), events
         return self._graphs[key]
 
     def _capture(self, work: Call) -> Any:

@@ -55,7 +55,7 @@ def scout(job: dict[str, Any], emit: Emit) -> dict[str, Any]:
             workload = case.load()
             require_on_device(workload, job["device"])
             _require_seen(workload, clock)
-            check_fresh(workload, seed=job["seed"])
+            check_fresh(workload, seed=job["seed"] + number)  # cases that share inputs must not draw them alike
         except NotInBase as error:
             found[case.id] = {"status": "not in base", "reason": str(error)}
             continue
