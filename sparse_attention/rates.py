@@ -119,18 +119,19 @@ GENERIC = Table(
 )
 
 # One H100, bfloat16, head_dim 128 (shared/facts/h100.md and docs/cuda.md): 4 * head_dim FLOPs a pair at 560 TFLOP/s in tiles, at 590
-# causal and about a third of that with a mask. `call` is what a launch costs once the host is ahead.
-GENERIC_CUDA = Table(
-    "cuda",
-    "built in",
-    {
-        (1, "float32"): {
-            "tile": Rate(call=9_000, row=0.01, pair=0.0, element=7.1e-6),
-            "dense": Rate(call=9_000, row=0.01, pair=0.0, element=6.8e-6, mask=1.8e-3),
-        }
-    },
-    {},
-)
+# causal and about a third of that with a mask; `gather` reads a key and a value a pair from the L2 cache. `call` is what a launch
+# costs once the host is ahead. float32 is SDPA's own, without TF32, and its `tile` is what no call can choose.
+_HALF = {
+    "tile": Rate(call=9_000, row=0.01, pair=0.0, element=7.1e-6),
+    "gather": Rate(call=9_000, row=0.01, pair=0.0, element=8.0e-4),
+    "dense": Rate(call=9_000, row=0.01, pair=0.0, element=6.8e-6, mask=1.8e-3),
+}
+_SINGLE = {
+    "tile": Rate(call=9_000, row=0.01, pair=0.0, element=1.0),
+    "gather": Rate(call=9_000, row=0.01, pair=0.0, element=8.0e-4),
+    "dense": Rate(call=9_000, row=0.01, pair=0.0, element=8.0e-5, mask=1.8e-3),
+}
+GENERIC_CUDA = Table("cuda", "built in", {(1, "float32"): _SINGLE, (1, "bfloat16"): _HALF, (1, "float16"): _HALF}, {})
 
 
 @cache
