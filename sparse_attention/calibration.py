@@ -11,7 +11,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ import torch
 
 from sparse_attention import dispatch, rates
 from sparse_attention.breakeven import Case, Race, Sequential, Settings, Verdict, machine
+from sparse_attention.breakeven.case import select
 from sparse_attention.breakeven.crossing import Crossing, Family, geometric
 from sparse_attention.breakeven.progress import Progress
 from sparse_attention.breakeven.result import clean_share, results
@@ -49,6 +50,7 @@ FAMILIES = tuple(
         "LogSparse(window=1)",
     )
 )
+KIND = "calibration"
 HEADS = 4
 LENGTHS = geometric(16, 512, steps=4)
 USABLE = (0.5, 2.0)  # predicted over measured time, of the middle eight tenths of the calls; other rates are left out
@@ -78,11 +80,38 @@ class TooDisturbed(RuntimeError):
     """Others used the machine so much that nothing could be fitted."""
 
 
-def calibrate(budget_s: float, progress: Progress, device: str = "cpu") -> dict[str, Any]:
+FamilyKey = tuple[str, str, int]  # pattern, dtype, head_dim
+Runs = Mapping[str, Run]  # "rates" or "crossings" and the number of threads, as "rates/1"
+
+
+def families(patterns: Iterable[str] = ()) -> list[FamilyKey]:
+    """Of FAMILIES those whose pattern/dtype/head_dim or dtype any shell pattern matches; NothingToCheck for one that matches none."""
+    known = {"/".join(map(str, key)): key for key in FAMILIES}
+    return [known[case.id] for case in select([Case(name, AGAINST_DENSE, tags=(key[1],)) for name, key in known.items()], patterns)]
+
+
+def calibrate(
+    budget_s: float,
+    progress: Progress,
+    device: str = "cpu",
+    wanted: Iterable[FamilyKey] | None = None,
+    save: Callable[[Runs], None] = lambda runs: None,
+    resume: Runs | None = None,
+) -> dict[str, Any]:
     """Measure on one thread and on all cores, in about `budget_s` seconds; returns what the machine's file holds.
 
-    Raises TooDisturbed, and RuntimeError when an engine is wrong or cannot run here.
+    Crossings are those of `wanted`, or of all FAMILIES. `save` is called with all runs after each block; with these as `resume` it
+    goes on. Raises TooDisturbed, and RuntimeError when an engine is wrong or cannot run here.
     """
+    wanted, runs = list(FAMILIES if wanted is None else wanted), dict(resume or {})
+
+    def keeping(name):
+        def keep(run):
+            runs[name] = run
+            save(runs)
+
+        return {"save": keep, "resume": runs.get(name)}
+
     start = time.perf_counter()
     data: dict[str, Any] = {"schema": rates.SCHEMA, "class": machine.machine_class(device), "measured": machine.describe(device)}
     data |= {"rates": [], "crossings": [], "left_out": []}
@@ -92,26 +121,30 @@ def calibrate(budget_s: float, progress: Progress, device: str = "cpu") -> dict[
         progress.line(f"rates on {_threads(threads)}")
         began = time.perf_counter()
         looks = Settings(RATES_SHARE * share, threads, Sequential((RATE_BLOCKS,)), device, first_look_share=1.0)
-        fits = measure_rates(looks, progress)
+        further = f"crossings/{threads}"  # once begun, it is a search with these rates
+        fits = measure_rates(looks, progress, **keeping(f"rates/{threads}"), enough=further in runs)
         for dtype, of_dtype in fits.items():
             poor = [engine for engine, found in of_dtype.items() if not USABLE[0] < found.spread[1] <= found.spread[-2] < USABLE[1]]
             data["left_out" if poor else "rates"].append(_rates_entry(threads, dtype, of_dtype))
         progress.line(f"break-even lengths on {_threads(threads)}")
         left = share - (time.perf_counter() - began)
-        data["crossings"] += measure_crossings(fits, Settings(left, threads, POLICY, device), progress)
+        data["crossings"] += measure_crossings(fits, Settings(left, threads, POLICY, device), progress, wanted, **keeping(further))
     if not any(entry["dtype"] == "float32" for entry in data["rates"]):
         raise TooDisturbed(f"no rates of float32 predict what was measured; others used the machine\n{report(data)}")
     return data
 
 
-def measure_rates(settings: Settings, progress: Progress) -> dict[str, dict[str, Fit]]:
-    """{dtype: {engine: Fit}} of the dtypes of which enough calls were timed undisturbed."""
+def measure_rates(
+    settings: Settings, progress: Progress, save: Callable[[Run], None], resume: Run | None, enough: bool = False
+) -> dict[str, dict[str, Fit]]:
+    """{dtype: {engine: Fit}} of the dtypes of which enough calls were timed undisturbed; of `resume` alone, if that is enough."""
     cases = {key: _timed(*key) for key in itertools.product(DTYPES, ENGINES, calls())}
     _, guess = rates.GENERIC.rates_for(1, "float32")
-    race = Race(cases.values(), settings, progress)
+    race = Race(cases.values(), settings, progress, save, resume)
     for (_, engine, call), case in cases.items():
         race.run.records[case.id].scout = scouted(call.seconds(engine, guess[engine]), {})
-    race.measure()
+    if not enough:
+        race.measure()
     run = race.run
     _require_right(run)
     samples: dict[str, dict[str, list[Sample]]] = {dtype: {engine: [] for engine in ENGINES} for dtype in DTYPES}
@@ -119,8 +152,8 @@ def measure_rates(settings: Settings, progress: Progress) -> dict[str, dict[str,
         seconds = _seconds(run.records[case.id])
         if seconds is not None:
             samples[dtype][engine].append(Sample(call.work(engine), call.head_dim, 1e9 * seconds))
-    enough = {dtype: of for dtype, of in samples.items() if min(map(len, of.values())) >= LEAST_SAMPLES}
-    fits = {dtype: {engine: fit(found) for engine, found in of.items()} for dtype, of in enough.items()}
+    known = {dtype: of for dtype, of in samples.items() if min(map(len, of.values())) >= LEAST_SAMPLES}
+    fits = {dtype: {engine: fit(found) for engine, found in of.items()} for dtype, of in known.items()}
     if len(fits) < len(samples):
         missing = ", ".join(dtype for dtype in samples if dtype not in fits)
         progress.line(f"no rates of {missing}: {_undisturbed(run)} in {settings.budget_s:.0f} s")
@@ -136,10 +169,17 @@ def calls() -> list[Call]:
     return found
 
 
-def measure_crossings(fits: Mapping[str, Mapping[str, Fit]], settings: Settings, progress: Progress) -> list[dict[str, Any]]:
+def measure_crossings(
+    fits: Mapping[str, Mapping[str, Fit]],
+    settings: Settings,
+    progress: Progress,
+    wanted: Iterable[FamilyKey],
+    save: Callable[[Run], None],
+    resume: Run | None,
+) -> list[dict[str, Any]]:
     """The file's entries: where the sparse engine that the new rates favour begins to win over the dense one."""
     families = {}
-    for pattern, dtype, head_dim in FAMILIES:
+    for pattern, dtype, head_dim in wanted:
         if dtype not in fits:
             continue
         favour = {engine: list(fits[dtype][engine].rate) for engine in ENGINES if engine != "dense"}
@@ -153,9 +193,40 @@ def measure_crossings(fits: Mapping[str, Mapping[str, Fit]], settings: Settings,
         dense_s = seconds.pop("dense")
         return scouted(min(seconds.values()), {"dense": dense_s})
 
-    study = Study(families.values(), settings, progress, foresee=foresee)
+    study = Study(families.values(), settings, progress, save, resume, foresee=foresee)
     _require_right(study.execute())
     return [_crossing_entry(*key, settings.threads, found) for key, found in zip(families, study.crossings())]
+
+
+def stored(runs: Runs) -> dict[str, Any]:
+    """For the disk."""
+    return {"kind": KIND, "runs": {name: run.as_dict() for name, run in runs.items()}}
+
+
+def load_runs(path: str) -> Runs:
+    """What `stored` made; ValueError for another file."""
+    try:
+        data = json.loads(Path(path).read_text())
+        if data["kind"] != KIND:
+            raise ValueError(f"its kind is {data['kind']!r}")
+        return {name: Run.from_dict(run) for name, run in data["runs"].items()}
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} is no calibration that was cut short: {error!r}") from error
+
+
+def keep_others(data: dict[str, Any], path: Path, wanted: Iterable[FamilyKey]) -> int:
+    """Take over the crossings of the families that were not wanted now from the table in a file; returns how many."""
+    try:
+        rates.load(path, data["class"])
+        theirs = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return 0
+    if theirs["class"] != data["class"]:
+        return 0
+    measured = set(wanted)
+    kept = [entry for entry in theirs["crossings"] if (entry["family"], entry["dtype"], entry["head_dim"]) not in measured]
+    data["crossings"] += kept
+    return len(kept)
 
 
 def write(data: Mapping[str, Any], path: Path) -> Table:

@@ -404,6 +404,59 @@ def test_command_calibrate(one_core, folder, monkeypatch, capsys):
     assert (found["path"], found["before"]) == (str(elsewhere), str(path)) and found["table"] == json.loads(elsewhere.read_text())
 
 
+class Interrupted(FakeMachine):
+    """Killed at its `last` block."""
+
+    last = 0
+
+    def __call__(self, kind, cases, **fields):
+        if len(self.started) == self.last:
+            raise KeyboardInterrupt
+        return super().__call__(kind, cases, **fields)
+
+
+@pytest.mark.parametrize("last", [2, 6])
+def test_a_calibration_goes_on_where_it_was_cut_short(one_core, folder, monkeypatch, capsys, last):
+    monkeypatch.setattr("sparse_attention._build.library", lambda: None)
+    cut, partial = Interrupted(SLOW_CALLS), folder / "partial.json"
+    cut.last = last
+    monkeypatch.setattr(race_module, "run_worker", cut)
+    with pytest.raises(KeyboardInterrupt):
+        main(["calibrate", "--quiet", "--json", str(partial)])
+    stored = calibration.load_runs(str(partial))
+    blocks = {name: len(run.evidence) for name, run in stored.items()}
+    assert sum(blocks.values()) == last and ("crossings/1" in blocks) == (last > calibration.RATE_BLOCKS)
+    rest = FakeMachine(SLOW_CALLS)
+    monkeypatch.setattr(race_module, "run_worker", rest)
+    assert main(["calibrate", "--quiet", "--resume", str(partial)]) == 0
+    timed = [names for _, names in rest.started if all(name.startswith("float32/") for name in names)]
+    assert len(timed) == max(calibration.RATE_BLOCKS - last, 0), "blocks of rates that were there are not measured again"
+    assert f"{WINDOW}, float32, head_dim 64, 1 thread: wins from" in capsys.readouterr().out
+    assert json.loads(partial.read_text())["table"]["crossings"]
+    assert main(["calibrate", "--quiet", "--resume", str(folder / "machines" / rates.file_name(machine_class()))]) == 2
+    assert "is no calibration that was cut short" in capsys.readouterr().err
+
+
+def test_chosen_break_even_lengths_are_measured_and_the_others_kept(one_core, folder, monkeypatch, capsys):
+    monkeypatch.setattr("sparse_attention._build.library", lambda: None)
+    monkeypatch.setattr(race_module, "run_worker", FakeMachine(SLOW_CALLS))
+    assert main(["calibrate", "--quiet"]) == 0
+    path = folder / "machines" / rates.file_name(machine_class())
+    before = {entry["family"]: entry for entry in json.loads(path.read_text())["crossings"]}
+    capsys.readouterr()
+    assert main(["calibrate", "--cases", "Causal*", "--dry-run"]) == 0
+    assert "Causal()" in (shown := capsys.readouterr().out) and "SlidingWindow" not in shown
+    chosen = FakeMachine(SLOW_CALLS)
+    monkeypatch.setattr(race_module, "run_worker", chosen)
+    assert main(["calibrate", "--quiet", "--cases", "Causal*"]) == 0
+    raced = {name for _, names in chosen.started for name in names if not name.startswith("float32/")}
+    assert raced and all(name.startswith("Causal()") for name in raced)
+    assert "1 of these break-even lengths were not measured now" in capsys.readouterr().out
+    after = {entry["family"]: entry for entry in json.loads(path.read_text())["crossings"]}
+    assert after.keys() == before.keys() and after[WINDOW] == before[WINDOW]
+    assert main(["calibrate", "--cases", "renamed*"]) == 13
+
+
 def test_a_table_that_dispatch_would_refuse_is_not_written(tmp_path):
     path = tmp_path / "table.json"
     calibration.write(content(), path)

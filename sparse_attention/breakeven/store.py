@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -65,8 +66,18 @@ class Run:
     elapsed_s: float = 0.0
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write atomically, so that a run killed meanwhile can be resumed from the file."""
-        data = {
+        write_json(path, self.as_dict())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Run:
+        try:
+            with open(path) as f:
+                return cls.from_dict(json.load(f))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{os.fspath(path)} is not a stored run: {error!r}") from error
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
             "schema": SCHEMA,
             "machine": self.machine,
             "settings": self.settings,
@@ -74,34 +85,34 @@ class Run:
             "evidence": self.evidence,
             "cases": [asdict(record) for record in self.records.values()],
         }
-        partial = f"{os.fspath(path)}.partial"
-        with open(partial, "w") as f:
-            json.dump(data, f, indent=1)
-        os.replace(partial, path)
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> Run:
-        try:
-            with open(path) as f:
-                data = json.load(f)
-            if data["schema"] != SCHEMA:
-                raise ValueError(f"it has schema {data['schema']!r}, this version reads {SCHEMA}")
-            records = [
-                Record(
-                    Case.from_dict(entry["case"]),
-                    entry["scout"],
-                    [Block(**block) for block in entry["blocks"]],
-                    entry["columns"],
-                    entry["error"],
-                )
-                for entry in data["cases"]
-            ]
-            return cls(
-                data["machine"],
-                data["settings"],
-                {record.case.id: record for record in records},
-                data["evidence"],
-                data["elapsed_s"],
+    def from_dict(cls, data: Mapping[str, Any]) -> Run:
+        """KeyError, TypeError or ValueError for what is no run."""
+        if data["schema"] != SCHEMA:
+            raise ValueError(f"it has schema {data['schema']!r}, this version reads {SCHEMA}")
+        records = [
+            Record(
+                Case.from_dict(entry["case"]),
+                entry["scout"],
+                [Block(**block) for block in entry["blocks"]],
+                entry["columns"],
+                entry["error"],
             )
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{os.fspath(path)} is not a stored run: {error!r}") from error
+            for entry in data["cases"]
+        ]
+        return cls(
+            data["machine"],
+            data["settings"],
+            {record.case.id: record for record in records},
+            data["evidence"],
+            data["elapsed_s"],
+        )
+
+
+def write_json(path: str | os.PathLike, data: Any) -> None:
+    """All of it or nothing, so that what is killed meanwhile can be gone on with from the file."""
+    partial = f"{os.fspath(path)}.partial"
+    with open(partial, "w") as f:
+        json.dump(data, f, indent=1)
+    os.replace(partial, path)

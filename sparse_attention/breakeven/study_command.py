@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ from .case import load_list, select
 from .crossing import Family
 from .progress import Progress, Silent, duration
 from .race import Settings
-from .store import Run
+from .store import Run, write_json
 from .study import POLICY, Published, Study, as_dict
 from .verdict import ExitCode, Sequential, Verdict
 
@@ -35,7 +34,9 @@ def add_commands(command: Callable, seconds: Callable, positive: Callable, fract
     calibrate = command("calibrate", _calibrate, [], "measure this machine for attention(impl='auto'): rates and break-even lengths")
     calibrate.add_argument("--budget", type=seconds, default=120.0, metavar="TIME", help="such as 60s or 5m")
     calibrate.add_argument("--out", metavar="FILE", help="write here instead of to the user's cache folder")
-    calibrate.add_argument("--json", metavar="FILE", help="write here what was measured, where it went and what dispatch changes")
+    calibrate.add_argument("--cases", action="append", default=[], metavar="PATTERN", help="break-even lengths of these pattern/dtype/head_dim only")
+    calibrate.add_argument("--json", metavar="FILE", help="write everything here, after every block; at the end what dispatch changes, too")
+    calibrate.add_argument("--resume", metavar="FILE", help="go on from a calibration that was cut short")
     calibrate.add_argument("--device", default="cpu", help="cpu, or the module:Class of a clock")
     calibrate.add_argument("--dry-run", action="store_true", help="say what would be measured, and where it would go")
     calibrate.add_argument("--quiet", action="store_true", help="no progress")
@@ -89,17 +90,27 @@ def _calibrate(options) -> int:
 
     name = machine.machine_class(options.device)
     path = Path(options.out) if options.out else rates.user_folder() / rates.file_name(name)
+    wanted = calibration.families(options.cases)
     if options.dry_run:
         print(f"about {duration(options.budget)}, on 1 and {machine.cores()} threads of {name}, into {path}:")
         print(f"  rates of {len(calibration.calls())} calls of each engine for {', '.join(calibration.DTYPES)}")
-        for pattern, dtype, head_dim in calibration.FAMILIES:
+        for pattern, dtype, head_dim in wanted:
             print(f"  break-even length of {pattern}, {dtype}, head_dim {head_dim}")
         return ExitCode.OK
     progress = Silent() if options.quiet else Progress()
     before = rates.table(options.device)
+    partial = options.json or options.resume
+    resume = calibration.load_runs(options.resume) if options.resume else {}
+    runs = {}
+
+    def save(found):
+        runs.update(found)
+        if partial:
+            write_json(partial, calibration.stored(runs))
+
     try:
         _build.library()
-        data = calibration.calibrate(options.budget, progress, options.device)
+        data = calibration.calibrate(options.budget, progress, options.device, wanted, save, resume)
     except calibration.TooDisturbed as error:
         print(f"breakeven: nothing written: {error}", file=sys.stderr)
         return ExitCode.NOT_EVALUATED
@@ -107,14 +118,17 @@ def _calibrate(options) -> int:
         print(f"breakeven: nothing written: {error}", file=sys.stderr)
         return ExitCode.WRONG
     progress.done()
+    kept = calibration.keep_others(data, path if path.exists() else Path(before.source), wanted) if options.cases else 0
     after = calibration.write(data, path)
     print(calibration.report(data))
+    if kept:
+        print(f"{kept} of these break-even lengths were not measured now but taken over")
     print(f"\nwritten to {path}; before, dispatch read: {before.source}")
     changed = calibration.changes(before, after)
     print("\n".join(changed) if changed else "dispatch chooses as before at the sizes that were measured")
-    if options.json:
+    if partial:
         told = {"path": str(path), "table": data, "before": before.source, "changes": changed}
-        Path(options.json).write_text(json.dumps(told, indent=1))
+        write_json(partial, {**calibration.stored(runs), **told})
     return ExitCode.OK
 
 
@@ -122,7 +136,4 @@ def _append(path: str, fields: dict) -> None:
     """Add fields to a stored run."""
     with open(path) as f:
         data = json.load(f)
-    partial = f"{path}.partial"
-    with open(partial, "w") as f:
-        json.dump({**data, **fields}, f, indent=1)
-    os.replace(partial, path)
+    write_json(path, {**data, **fields})
