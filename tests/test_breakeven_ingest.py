@@ -241,6 +241,15 @@ def test_a_folder_is_taken_as_far_as_it_goes(ingest, made, tmp_path, capsys):
     assert ingest(tmp_path / "results") == 13, "asv's own files are no runs"
 
 
+def test_chosen_cases_are_ingested_alone(ingest, made, tmp_path, capsys):
+    assert ingest(made(), "--cases", "window256/*", "--json", tmp_path / "report.json") == 0
+    (told,) = json.loads((tmp_path / "report.json").read_text())["results"]
+    names = {name for names in told["tracked"].values() for name in names}
+    assert names and all(name.startswith("window256/") for name in names)
+    assert ingest(made("other.json"), "--cases", "renamed*") == 13
+    assert "no case of sizes 'full' matches 'renamed*'" in capsys.readouterr().out
+
+
 def test_a_person_may_say_which_commit_it_was(ingest, made, tmp_path, commits):
     assert ingest(made(commit=None), "--commit", "main") == 0
     assert results(tmp_path)[0].commit_hash == commits[1][1]

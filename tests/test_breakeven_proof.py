@@ -256,10 +256,19 @@ def test_command_proof(proof, tmp_path, monkeypatch, capsys):
     assert main(["proof", *places, "--only", "controls"]) == ExitCode.WRONG
     assert "one that passes: DID NOT HOLD (exit 0, expected 10)" in capsys.readouterr().out
     assert "an empty table" in (tmp_path / "proof.md").read_text()
-    measured = ["--device", toys.DEVICE, "--blocks", "2", "--budget", "5m", "--session", str(tmp_path / "session.json")]
+    measured = ["--device", toys.DEVICE, "--blocks", "2", "--budget", "5m", "--json", str(tmp_path / "blocks.json")]
     assert main(["proof", *places, *measured, "--only", "rates"]) == ExitCode.USAGE
     said = capsys.readouterr()
     assert "quick: left out, 2 of 22 blocks undisturbed" in said.out and "nothing was measured" in said.err
+    again = [*measured[:3], "3", *measured[4:6], "--resume", str(tmp_path / "blocks.json")]
+    assert main(["proof", *places, *again, "--only", "rates"]) == ExitCode.USAGE
+    assert "quick: left out, 3 of 22 blocks undisturbed" in capsys.readouterr().out
+    blocks = json.loads((tmp_path / "blocks.json").read_text())["cases"][0]["blocks"]
+    assert [block["number"] for block in blocks] == [0, 1, 2], "two of them were there"
+    assert main(["proof", *places, "--cases", "an empty*"]) == 0
+    said = capsys.readouterr().out
+    assert "an empty table: held" in said and "one that passes" not in said
+    assert main(["proof", *places, "--cases", "renamed"]) == ExitCode.NOTHING_CHECKED
     stored = save(proof, tmp_path / "stored")[0]
     assert main(["proof", *places, "--stored", stored, "--runs", "20"]) == 0
     said = capsys.readouterr().out

@@ -334,6 +334,16 @@ def test_command_line(tmp_path, folder, capsys):
     assert "window256/4k" in md.read_text() and "<!doctype html>" in html.read_text()
 
 
+def test_chosen_cases_and_json(tmp_path, capsys):
+    stored.run(WINNING).save(tmp_path / "run.json")
+    told = tmp_path / "report.json"
+    assert main(["report", str(tmp_path / "run.json"), "--cases", "window256/*", "--json", str(told)]) == 0
+    found = json.loads(told.read_text())
+    assert found["verdict"] == "PASS" and found["exit"] == 0 and found["says"] in capsys.readouterr().out
+    assert found["results"] and all(name.startswith("window256/") for name in found["results"])
+    assert main(["report", str(tmp_path / "run.json"), "--cases", "renamed"]) == 13
+
+
 def test_a_missing_race_against_the_base_is_nothing_checked(tmp_path, capsys):
     stored.run(WINNING).save(tmp_path / "run.json")
     html, md, gone = tmp_path / "report.html", tmp_path / "comment.md", tmp_path / "against.json"

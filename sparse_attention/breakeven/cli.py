@@ -123,9 +123,8 @@ def _say(cases: Sequence[Case], settings: Settings) -> int:
 
 
 def _regate(options) -> int:
-    run = Run.load(options.run)
-    chosen = {case.id for case in select([r.case for r in run.records.values()], options.cases, "full")}
-    found = [r for r in results(run, _policy(options)) if r.id in chosen]
+    run = Run.load(options.run).only(options.cases)
+    found = results(run, _policy(options))
     print(table.headline(run, found))
     print(table.text(found, memory=options.memory))
     if options.json:
@@ -136,7 +135,11 @@ def _regate(options) -> int:
 
 
 def _selftest(options) -> int:
-    rates = selftest.operating_characteristics(_policy(options), runs=options.runs, seed=options.seed)
+    noises, progress = selftest.chosen(options.cases), Silent() if options.quiet else Progress()
+    rates = selftest.operating_characteristics(
+        _policy(options), runs=options.runs, seed=options.seed, noises=noises, tell=progress.status
+    )
+    progress.done()
     print(selftest.report(rates))
     if options.json:
         points = (PowerPoint.of(r.noise, r.slowdown, r.runs, r.fails) for r in rates)
@@ -260,7 +263,9 @@ def _parser() -> argparse.ArgumentParser:
     for tabled in (show, gate, regate):
         tabled.add_argument("--memory", action="store_true", help="show each side's peak memory")
     check = command("selftest", _selftest, [judging], "the verdict code against noise whose truth is known")
+    check.add_argument("--cases", action="append", default=[], metavar="PATTERN", help="shell pattern on kinds of noise")
     check.add_argument("--json", metavar="FILE", help="write the power curves, which `report` draws")
+    check.add_argument("--quiet", action="store_true", help="no progress")
     check.add_argument("--runs", type=positive, default=400, help="simulated gates for each noise and slowdown")
     ratchet_command.add_command(command, [selecting], _cases, fraction)
     proof_command.add_command(command, seconds, positive)

@@ -18,13 +18,13 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from .asv_project import Project
-from .case import Case, NothingToCheck, load_list
+from .case import Case, NothingToCheck, load_list, select
 from .crossing import Family
 from .store import Run
 from .tracked import THREADS, Figure, Tracked, for_asv, of_cases, of_study
@@ -48,6 +48,14 @@ class Source:
         run = Run.load(path)
         found = json.loads(path.read_text()).get("crossings")
         return cls(path, run, None if found is None else tuple(found))
+
+    def only(self, patterns: Iterable[str]) -> Source:
+        """With the cases of a run, or the families of a study, that a shell pattern matches; NothingToCheck for none."""
+        if self.crossings is None:
+            return replace(self, run=self.run.only(patterns))
+        families = [Case(found["family"], "a:family") for found in self.crossings]
+        chosen = {family.id for family in select(families, patterns, "full")}
+        return replace(self, crossings=tuple(found for found in self.crossings if found["family"] in chosen))
 
 
 @dataclass
@@ -201,6 +209,7 @@ def add_command(command: Callable[..., Any]) -> None:
     ingest.add_argument("--table", default="perf.cases:CASES", help="module:name of the list of cases")
     ingest.add_argument("--families", default="perf.study:FAMILIES", help="module:name of the families of studies")
     ingest.add_argument("--commit", metavar="REV", help="what was measured, for one run that names no commit or a changed one")
+    ingest.add_argument("--cases", action="append", default=[], metavar="PATTERN", help="these cases, or families of a study, only")
     ingest.add_argument("--json", metavar="FILE", help="write here what became of each run")
     ingest.add_argument("--dry-run", action="store_true", help="say what would be written")
 
@@ -216,7 +225,9 @@ def _ingest(options) -> int:
     passed_over = {}
     for path, named in paths.items():
         try:
-            found.append(convert(Source.read(path), project, cases, families, options.commit))
+            found.append(convert(Source.read(path).only(options.cases), project, cases, families, options.commit))
+        except NothingToCheck as error:
+            passed_over[str(path)] = f"{path} was not ingested: {error}"
         except ValueError as error:
             reason = f"{path} was not ingested: {error}" if isinstance(error, Refused) else str(error)
             if named:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .case import load_list
+from .case import Case, load_list, select
 from .controls import Control, Outcome, run_controls
 from .machine import default_threads, describe
 from .progress import Progress, Silent, duration
@@ -30,7 +29,9 @@ def add_command(command: Callable[..., Any], seconds: Callable[[str], float], po
     proof.add_argument("--device", default="cpu", help="cpu, cuda, cuda-graph or the module:Class of a clock")
     proof.add_argument("--runs", type=positive, default=1000, help="gates drawn for each rate")
     proof.add_argument("--seed", type=int, default=0)
-    proof.add_argument("--session", metavar="FILE", help="keep the raw blocks here, and go on from it where it exists")
+    proof.add_argument("--cases", action="append", default=[], metavar="PATTERN", help="shell pattern on ids, tags and names of controls")
+    proof.add_argument("--json", metavar="FILE", help="write the blocks here, after every block")
+    proof.add_argument("--resume", metavar="FILE", help="go on from the blocks of a proof that was cut short")
     proof.add_argument("--stored", metavar="FILE", help="take the blocks of a stored proof instead of measuring")
     proof.add_argument("--only", choices=("rates", "controls"), help="leave out the other half")
     proof.add_argument("--results", default="perf/proofs", metavar="DIR", help="write the proof below here, by machine class")
@@ -43,6 +44,7 @@ def _proof(options) -> int:
     table = options.table or ("perf.proof_cuda" if options.device.startswith("cuda") else "perf.proof")
     injected: Sequence[Injected] = load_list(table, "INJECTED")
     controls: Sequence[Control] = load_list(table, "CONTROLS")
+    injected, controls = _chosen(injected, controls, options.cases)
     options.threads = options.threads or default_threads(options.device)
     if options.dry_run:
         return _say(options, injected, controls)
@@ -50,14 +52,14 @@ def _proof(options) -> int:
     machine, threads, sessions, kept = describe(options.device), options.threads, [], ()
     if options.stored:
         sessions, machine, threads, kept = load_sessions(options.stored)
-    elif options.only != "controls":
+    elif options.only != "controls" and injected:
         run = _measured(options, injected, progress)
         machine, found = run.machine, sessions_of(run, injected)
         sessions = [s for s in found if s.blocks >= LEAST_BLOCKS]
         for line in _left_out(run, injected, found):
             print(line)
     proof = Proof(machine, threads, (), {}, {}, {}, {})
-    if options.only != "controls":
+    if options.only != "controls" and (injected or options.stored):
         proof = analyse(sessions, machine, threads, options.runs, options.seed, progress.line)
     if options.only != "rates" and not options.stored:
         kept = tuple(_tried(controls, threads, progress))
@@ -73,12 +75,21 @@ def _proof(options) -> int:
     return ExitCode.WRONG if fallen else ExitCode.OK
 
 
+def _chosen(
+    injected: Sequence[Injected], controls: Sequence[Control], patterns: Sequence[str]
+) -> tuple[Sequence[Injected], Sequence[Control]]:
+    """Those that a pattern matches (all, without patterns); NothingToCheck for a pattern that matches neither."""
+    named = {case.id: case for case in (*(item.plain for item in injected), *(Case(c.name, "a:control") for c in controls))}
+    ids = {case.id for case in select(named.values(), patterns, "full")}
+    return [item for item in injected if item.plain.id in ids], [control for control in controls if control.name in ids]
+
+
 def _measured(options, injected: Sequence[Injected], progress: Progress) -> Run:
     cases = [case for item in injected for case in item.cases]
     policy = policy_of_session(options.blocks)
     settings = Settings(options.budget, options.threads, policy, options.device, options.seed, first_look_share=1.0)
-    path = options.session
-    resume = Run.load(path) if path and os.path.exists(path) else None
+    path = options.json or options.resume
+    resume = Run.load(options.resume) if options.resume else None
     race = Race(cases, settings, progress, save=lambda run: run.save(path) if path else None, resume=resume)
     run = race.execute()
     progress.done()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
 import random
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from .case import NothingToCheck
+from .progress import duration
 from .statistics import block_log_speedup, clopper_pearson
 from .verdict import Policy, TwoStage, Verdict, judge
 
@@ -81,15 +85,31 @@ class Rate:
         return clopper_pearson(self.fails, self.runs)
 
 
+def chosen(patterns: Iterable[str]) -> list[str]:
+    """The kinds of noise that any shell pattern matches (all, without patterns); NothingToCheck for one that matches none."""
+    for pattern in (patterns := list(patterns)):
+        if not fnmatch.filter(NOISES, pattern):
+            raise NothingToCheck(f"no noise matches {pattern!r}: there are {', '.join(NOISES)}")
+    return [name for name in NOISES if not patterns or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+
+
 def operating_characteristics(
-    policy: Policy = TwoStage(), slowdowns: tuple[float, ...] = (0.0, 0.05, 0.1, 0.2), runs: int = 400, seed: int = 0
+    policy: Policy = TwoStage(),
+    slowdowns: tuple[float, ...] = (0.0, 0.05, 0.1, 0.2),
+    runs: int = 400,
+    seed: int = 0,
+    noises: Iterable[str] = tuple(NOISES),
+    tell: Callable[[str], None] = lambda text: None,
 ) -> list[Rate]:
-    """Simulate gates for every kind of noise; at slowdown 0 the floor is the true ratio, where alarms are likeliest."""
+    """Simulate gates for these kinds of noise; at slowdown 0 the floor is the true ratio, where alarms are likeliest."""
     rng = random.Random(seed)
-    rates = []
-    for name, (make, block_noise) in NOISES.items():
+    rates, start, asked = [], time.perf_counter(), [(name, slowdown) for name in noises for slowdown in slowdowns]
+    for name in noises:
+        make, block_noise = NOISES[name]
         truth = _true_log_speedup(make, rng)
         for slowdown in slowdowns:
+            left_s = (time.perf_counter() - start) / max(len(rates), 1) * (len(asked) - len(rates))
+            tell(f"{name}, {slowdown:.0%} slower" + (f", {duration(left_s)} left" if rates else ""))
             floor = math.exp(truth) * (1 + slowdown)
             fails = sum(_gate(make, block_noise, floor, policy, rng) is Verdict.FAIL for _ in range(runs))
             rates.append(Rate(name, slowdown, fails, runs))

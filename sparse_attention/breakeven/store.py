@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from .case import Case
+from .case import Case, select
 
 SCHEMA = 1
 
@@ -64,6 +64,11 @@ class Run:
     records: dict[str, Record]
     evidence: list[dict[str, Any]] = field(default_factory=list)  # one entry a block: switches, steal, load
     elapsed_s: float = 0.0
+
+    def only(self, patterns: Iterable[str]) -> Run:
+        """With the cases alone whose id or a tag matches a shell pattern (all, without patterns); NothingToCheck as `select`."""
+        chosen = select([record.case for record in self.records.values()], patterns, "full")
+        return replace(self, records={case.id: self.records[case.id] for case in chosen})
 
     def save(self, path: str | os.PathLike) -> None:
         write_json(path, self.as_dict())

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .. import publish
-from ..store import Run
+from ..store import Run, write_json
 from ..verdict import ExitCode
 from . import sticky
 
@@ -18,6 +18,8 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     """Add them; `command` adds one of name, function, parents and text."""
     report = command("report", _report, [], "one HTML file, and markdown for a pull request, about a stored run")
     report.add_argument("run", metavar="RUN.json", help="a run stored by run, gate or study")
+    report.add_argument("--cases", action="append", default=[], metavar="PATTERN", help="shell pattern on ids and tags")
+    report.add_argument("--json", metavar="FILE", help="the verdict, and each case's figures")
     report.add_argument("--history", metavar="DIR", help="stored runs of this machine class and power curves, at any depth")
     report.add_argument("--base", metavar="OLD.json", help="compare with this run; else with the last of another commit in DIR")
     report.add_argument("--against", metavar="RUN.json", help="a run of `gate --base`: the same cases against a base revision")
@@ -54,13 +56,15 @@ def _report(options) -> int:
     text = markdown.comment(report, options.link)
     if options.md:
         Path(options.md).write_text(text, encoding="utf-8")
+    if options.json:
+        write_json(options.json, report.as_dict())
     if options.github:
         github.summarise(text)
         for part in filter(None, (report, report.against)):
             print(*github.annotations(part, _table_file(part.run.settings)), sep="\n")
     for part in filter(None, (report, report.against)):
         print(f"{part.verdict}: {part.sentence}")
-    for path in filter(None, (page_path, options.md)):
+    for path in filter(None, (page_path, options.md, options.json)):
         print(f"wrote {path}")
     for note in report.notes:
         print(note)
@@ -75,7 +79,7 @@ def _build(options):
     from .curves import of_study
     from .history import History, read
 
-    run = Run.load(options.run)
+    run = Run.load(options.run).only(options.cases)
     history = read(options.history, run.machine["class"]) if options.history else History()
     history.powers += [Power.load(path) for path in options.power]
     curves = [curve for path in options.study for curve in of_study(path)]
@@ -85,7 +89,7 @@ def _build(options):
     if options.against and not Path(options.against).exists():
         found.against = content.missing(run, f"the race against the base revision left no {options.against}")
     elif options.against:
-        found.against = content.build(Run.load(options.against))
+        found.against = content.build(Run.load(options.against).only(options.cases))
         if not found.against.revision:
             raise ValueError(f"--against must be a run of `gate --base`, got {options.against!r}")
     return found

@@ -107,6 +107,21 @@ class Report:
         return command(self.run, [row.result.id for row in self.changed])
 
 
+    def as_dict(self) -> dict[str, Any]:
+        against = {"against": self.against.as_dict()} if self.against else {}
+        return {
+            "verdict": self.verdict,
+            "exit": int(self.code),
+            "says": self.sentence,
+            "machine": self.machine,
+            "base": self.base,
+            "changed": [row.result.id for row in self.changed],
+            "results": {found.id: found.as_dict() for found in self.results},
+            "notes": self.notes,
+            **against,
+        }
+
+
 NOT_JUDGED, STUDY = "NOT JUDGED", "STUDY"
 _SEVERITY = [
     ExitCode.WRONG,
