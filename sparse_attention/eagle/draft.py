@@ -16,7 +16,7 @@ def logsoftmax_topk(
     """The k largest log-probabilities of each row, best first, and their tokens: each [..., k].
 
     logits: [..., V] float32, float64, bfloat16 or float16. The log-softmax is computed in float32 (float64 for float64) and rounded to the
-    dtype of the logits once, as PyTorch's. Order: logit descending, then token ascending; PyTorch's topk leaves equal values open. d2t:
+    dtype of the logits once, as PyTorch does on CUDA. Order: logit descending, then token ascending; PyTorch's topk leaves equal values open. d2t:
     [V] int64, EAGLE-3's offsets from draft tokens to the target's: tokens are then t + d2t[t].
 
     NaN or infinity among the logits is a ValueError; with check=False (the default on CUDA) both count as minus infinity, whose
@@ -41,8 +41,9 @@ def logsoftmax_topk(
         return TopK(values, tokens)
     ranked = torch.where(logits.isnan() | (logits == torch.inf), -torch.inf, logits)
     tokens = (ranked + 0.0).argsort(dim=-1, descending=True, stable=True)[..., :k]
-    values = ranked.log_softmax(-1).gather(-1, tokens)
-    values = torch.where(values.isnan(), -torch.inf, values)
+    wide = ranked if ranked.dtype == torch.float64 else ranked.float()
+    values = wide.log_softmax(-1).gather(-1, tokens)
+    values = torch.where(values.isnan(), -torch.inf, values).to(logits.dtype)
     return TopK(values, tokens if d2t is None else tokens + d2t[tokens])
 
 

@@ -82,8 +82,7 @@ def render(visible: Tensor, form: str, prefix: Tensor | None, out: Tensor | None
     elif form == "float":
         out.copy_(visible[:, None])
     elif form == "additive":
-        lowest = torch.finfo(out.dtype).min
-        out.copy_(torch.where(visible[:, None], 0.0, lowest))
+        out.fill_(torch.finfo(out.dtype).min).masked_fill_(visible[:, None], 0)
     elif form in ("bits", "bits32"):
         width = 64 if form == "bits" else 32
         padded = torch.zeros(batch, nodes, out.shape[2] * width, dtype=torch.int64, device=visible.device)

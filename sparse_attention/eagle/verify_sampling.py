@@ -203,4 +203,5 @@ def _refuse_probs(name: str, p: Tensor) -> None:
         raise ValueError(f"{at(name, found)} is {float(p[found])}; expected a probability")
     found = first(p.double().sum(-1, keepdim=True) <= 0)
     if found is not None:
-        raise ValueError(f"{name} has a row of zeros, {found[:-1]}; expected probabilities that sum to 1")
+        place = at(name, found[:-1]) if p.dim() > 1 else name
+        raise ValueError(f"{place} has a row of zeros; expected probabilities that sum to 1")
