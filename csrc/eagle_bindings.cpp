@@ -154,7 +154,9 @@ bool tree_mask(const Tensor& parents, const Tensor& mask, int64_t form, const Ma
 
 eagle::WalkIn walk_of(const Tensor& draft_tokens, const Tensor& first_child, const Tensor& next_sibling, const Maybe& retrieve) {
   TORCH_CHECK(draft_tokens.dim() == 2 && draft_tokens.size(1) > 0, "draft_tokens must be [batch, nodes]");
-  const int64_t batch = draft_tokens.size(0), nodes = draft_tokens.size(1), rows = retrieve ? retrieve->size(1) : 0, columns = retrieve ? retrieve->size(-1) : 0;
+  TORCH_CHECK(!retrieve || retrieve->dim() == 3, "retrieve_indices must be [batch, rows, columns]");
+  const int64_t batch = draft_tokens.size(0), nodes = draft_tokens.size(1);
+  const int64_t rows = retrieve ? retrieve->size(1) : 0, columns = retrieve ? retrieve->size(2) : 0;
   return {batch,
           nodes,
           longs(draft_tokens, "draft_tokens", {batch, nodes}),
@@ -249,7 +251,8 @@ bool append(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k_new, c
 }
 
 bool retrieve(const Tensor& k_cache, const Tensor& v_cache, const Tensor& indices, const Tensor& k, const Tensor& v) {
-  TORCH_CHECK(k_cache.dim() == 4 && v_cache.sizes() == k_cache.sizes() && indices.dim() == 2, "caches must be [batch, heads, rows, head_dim]");
+  TORCH_CHECK(k_cache.dim() == 4 && v_cache.sizes() == k_cache.sizes() && indices.dim() == 2,
+              "caches must be [batch, heads, rows, head_dim]");
   const int64_t batch = k_cache.size(0), count = indices.size(1), element = k_cache.element_size();
   const int64_t* wanted = longs(indices, "indices", {batch, count});
   TORCH_CHECK(k.scalar_type() == k_cache.scalar_type() && v.scalar_type() == k_cache.scalar_type() &&
@@ -312,7 +315,8 @@ bool commit(const std::vector<Tensor>& layers, const Tensor& lengths, const Tens
 bool logsoftmax_topk(const Tensor& logits, const Tensor& values, const Tensor& tokens, const Maybe& d2t) {
   const int64_t vocab = logits.size(-1), k = values.size(-1), rows = logits.numel() / vocab;
   checked(logits, "logits", logits.sizes());
-  TORCH_CHECK(k >= 1 && k <= vocab && values.numel() == rows * k && values.scalar_type() == logits.scalar_type(), "values must be [..., k]");
+  TORCH_CHECK(k >= 1 && k <= vocab && values.numel() == rows * k && values.scalar_type() == logits.scalar_type(),
+              "values must be [..., k]");
   checked(values, "values", values.sizes());
   int64_t* out = longs(tokens, "tokens", values.sizes());
   const int64_t* offsets = longs(d2t, "d2t", {vocab});

@@ -152,7 +152,8 @@ def test_a_malformed_commit_moves_nothing(impl):
     refused(r"accept_length\[1\] is 3; expected -1 to 2", length=(2, 3))
     refused(r"accept_length\[0\] is -2; expected -1 to 2", length=(-2, 2), untouched=0)
     refused(r"accept_index\[0, 1\] is -1", index=torch.tensor([[0, -1, 4], [0, 3, 5]]), untouched=0)
-    refused(r"accept_index\[1, 1\] is 6 .* which has 8, a node below 6", lengths=(0, 0), index=torch.tensor([[0, 2, 4], [0, 6, 5]]), hidden=hidden)
+    no_node = torch.tensor([[0, 2, 4], [0, 6, 5]])
+    refused(r"accept_index\[1, 1\] is 6 .* which has 8, a node below 6", lengths=(0, 0), index=no_node, hidden=hidden)
     table = torch.tensor([[0, 1], [2, 7]])
     pages = numbers(2, 4, 1, 4, 3)
     refused(r"block_table\[1\] is \[2, 7\]; expected pages from 0 to 3 for rows 2 and on", caches=pages, block_table=table)
@@ -181,8 +182,10 @@ def test_wrong_arguments_are_named():
     refused("caches is empty", eagle.commit, [], 0, index, length)
     refused("caches have batch 2; expected 1, that of accept_index", eagle.commit, cache, 0, index[:1], length[:1])
     refused(r"caches\[1\] is torch.float16 on cpu; expected torch.float32", eagle.commit, [k, v.half()], 0, index, length)
-    refused(r"caches\[1\] has shape \(2, 1, 6, 4\); expected the batch and rows of caches\[0\]", eagle.commit, [k, v[:, :, :6]], 0, index, length)
+    shorter = r"caches\[1\] has shape \(2, 1, 6, 4\); expected the batch and rows of caches\[0\]"
+    refused(shorter, eagle.commit, [k, v[:, :, :6]], 0, index, length)
     refused("caches has shape", eagle.commit, k, 0, index, length)
-    refused("block_table has dtype torch.float32; expected torch.int32 or torch.int64", eagle.commit, cache, 0, index, length, block_table=torch.zeros(2, 1))
+    wrong = {"block_table": torch.zeros(2, 1)}
+    refused("block_table has dtype torch.float32; expected torch.int32 or torch.int64", eagle.commit, cache, 0, index, length, **wrong)
     refused("hidden has dtype torch.int64", eagle.commit, cache, 0, index, length, hidden=torch.zeros(2, 3, 4).long())
     refused("accept_index is on meta; expected cpu, the device of caches", eagle.commit, cache, 0, index.to("meta"), length)

@@ -46,7 +46,8 @@ def test_a_batch_is_its_requests(impl):
     together = eagle.verify_greedy(tree, logits, return_sample_p=True, impl=impl)
     assert together.accept_length.unique().numel() > 1
     for b in range(5):
-        alone = eagle.verify_greedy(eagle.DraftTree(*(x if x is None else x[b : b + 1] for x in tree)), logits[b : b + 1], return_sample_p=True)
+        one = eagle.DraftTree(*(x[b : b + 1] for x in tree))
+        alone = eagle.verify_greedy(one, logits[b : b + 1], return_sample_p=True, impl=impl)
         assert all(torch.equal(x, y[b : b + 1]) for x, y in zip(alone, together))
 
 
@@ -146,5 +147,6 @@ def test_wrong_arguments_are_named():
     refused("target_tokens has dtype torch.int32; expected torch.int64", tree, target_tokens=torch.zeros(1, 5).int())
     refused("width is 6; expected an integer from 1 to 5", tree, logits, width=6)
     refused("tree.first_child is None; expected a tensor", tree._replace(first_child=None), logits)
-    refused("return_sample_p is True; expected False with target_tokens", tree, target_tokens=torch.zeros(1, 5).long(), return_sample_p=True)
+    tokens = torch.zeros(1, 5).long()
+    refused("return_sample_p is True; expected False with target_tokens", tree, target_tokens=tokens, return_sample_p=True)
     refused("impl is 'rebuild'; expected one of 'auto', 'native', 'reference'", tree, logits, impl="rebuild")

@@ -195,7 +195,8 @@ def test_wrong_arguments_are_named():
     refused("offset is 1.5; expected an integer", seed=1, offset=1.5)
     refused(r"seed is a torch.int32 tensor of shape \(\) on cpu; expected one int64 on cpu", seed=torch.tensor(1, dtype=torch.int32))
     refused(r"coins has shape \(1, 4\); expected \[1, 5\]", coins=torch.zeros(1, 4), final_coins=coins["final_coins"])
-    refused("coins has dtype torch.float16; expected torch.float32 or torch.float64", coins=coins["coins"].half(), final_coins=coins["final_coins"])
+    half = {**coins, "coins": coins["coins"].half()}
+    refused("coins has dtype torch.float16; expected torch.float32 or torch.float64", **half)
     refused("rule is 'typical'; expected one of 'upstream', 'target_only'", rule="typical", seed=1)
     refused("threshold_single is 1.5; expected a number from 0 to 1", seed=1, threshold_single=1.5)
     refused("threshold_acc is nan; expected a number", seed=1, threshold_acc=float("nan"))

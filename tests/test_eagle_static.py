@@ -23,7 +23,8 @@ def test_the_tree_of_eagle_1():
     assert buffers.tree_position_ids.tolist() == [len(path) for path in nodes]
     leaves = sorted(path for path in CHOICES if not any(other[:-1] == path for other in CHOICES))
     paths = [[nodes.index(path[:depth]) for depth in range(len(path) + 1)] for path in leaves]
-    assert buffers.retrieve_indices.tolist() == sorted([p + [-1] * (6 - len(p)) for p in paths], key=lambda p: [n if n >= 0 else 99 for n in p])
+    padded = [p + [-1] * (6 - len(p)) for p in paths]
+    assert buffers.retrieve_indices.tolist() == sorted(padded, key=lambda p: [n if n >= 0 else 99 for n in p])
 
 
 def test_tree_indices_name_a_rank_of_an_expansion():
@@ -41,7 +42,8 @@ def test_a_static_tree_is_verified_like_a_drafted_one():
     tree = eagle.assemble_tree(tokens, buffers.parents[None], row_order="sorted")
     assert torch.equal(eagle.trim_retrieve_indices(tree.retrieve_indices[0], tree.leaf_count[0], tree.width[0]), buffers.retrieve_indices)
     assert torch.equal(tree.first_child[0], buffers.first_child) and torch.equal(tree.next_sibling[0], buffers.next_sibling)
-    bare = eagle.DraftTree(tokens, None, None, None, buffers.retrieve_indices[None], None, None, buffers.first_child[None], buffers.next_sibling[None])
+    links = {"first_child": buffers.first_child[None], "next_sibling": buffers.next_sibling[None]}
+    bare = eagle.DraftTree(tokens, retrieve_indices=buffers.retrieve_indices[None], **links)
     targets = buffers.parents.new_full((1, 26), -1)
     targets[0, buffers.parents[1:]] = torch.arange(1, 26)  # each node wants its last child
     for impl in ("native", "reference"):

@@ -31,19 +31,27 @@ struct Best {
 
 constexpr int64_t kInsertion = 64;  // above it a heap of ranks beats inserting
 
+constexpr int64_t kChunk = 64;        // of a block that holds a better token, these are looked at one by one
+
+// Whether there is a NaN or an infinity.
 template <class A>
 bool any_bad(const A* x, int64_t count) {
-  bool bad = false;
-  for (int64_t i = 0; i < count; ++i) bad |= !(x[i] < kInfinity<A>);
-  return bad;
+  constexpr int lanes = Simd<A>::lanes;
+  typename Simd<A>::Int bad{};
+  int64_t i = 0;
+  for (; i + lanes <= count; i += lanes) bad |= ~(load(x + i) < splat<A>(kInfinity<A>));
+  bool found = false;
+  for (int l = 0; l < lanes; ++l) found |= bad[l] != 0;
+  for (; i < count; ++i) found |= !(x[i] < kInfinity<A>);
+  return found;
 }
 
-// Widened, with minus infinity for NaN and infinity.
+// Widened, with minus infinity for NaN and infinity, unless `known_good`.
 template <class T>
-const Acc<T>* clean(const T* row, int64_t count, Acc<T>* buffer, bool* malformed) {
+const Acc<T>* clean(const T* row, int64_t count, Acc<T>* buffer, bool known_good, bool* malformed) {
   using A = Acc<T>;
   const A* x = widened(row, count, buffer);
-  if (!any_bad(x, count)) return x;
+  if (known_good || !any_bad(x, count)) return x;
   *malformed = true;
   for (int64_t i = 0; i < count; ++i) buffer[i] = x[i] < kInfinity<A> ? x[i] : -kInfinity<A>;
   return buffer;
@@ -53,9 +61,11 @@ template <class A>
 double sum_of_exponentials(const A* x, int64_t count, A most) {
   constexpr int lanes = Simd<A>::lanes;
   const A log2e = A(1.4426950408889634);
-  Vec<A> sum{};
+  Vec<A> sums[4] = {};
   int64_t i = 0;
-  for (; i + lanes <= count; i += lanes) sum += exp2_nonpositive<A>((load(x + i) - most) * log2e);
+  for (; i + 4 * lanes <= count; i += 4 * lanes)
+    for (int u = 0; u < 4; ++u) sums[u] += exp2_nonpositive<A>((load(x + i + u * lanes) - most) * log2e);
+  const Vec<A> sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
   double total = 0;
   for (int l = 0; l < lanes; ++l) total += sum[l];
   for (; i < count; ++i) total += std::exp(double(x[i]) - double(most));
@@ -72,21 +82,26 @@ bool best_tokens(const T* row, int64_t vocab, int64_t k, const int64_t* d2t, T* 
   A most = -kInfinity<A>;
   for (int64_t start = 0; start < vocab; start += kBlock) {
     const int64_t count = std::min(kBlock, vocab - start);
-    const A* x = clean(row + start, count, buffer, &malformed);
+    const A* x = clean(row + start, count, buffer, false, &malformed);
     const A top = largest(x, count);
     most = std::max(most, top);
     if (k > kInsertion) {
       for (int64_t i = 0; i < count; ++i) ranks[start + i] = rank(x[i], start + i);
     } else if (best.wants(top)) {
-      for (int64_t i = 0; i < count; ++i)
-        if (best.wants(x[i])) best.offer(x[i], start + i);
+      for (int64_t chunk = 0; chunk < count; chunk += kChunk) {
+        const int64_t stop = std::min(count, chunk + kChunk);
+        if (!best.wants(largest(x + chunk, stop - chunk))) continue;
+        for (int64_t i = chunk; i < stop; ++i)
+          if (best.wants(x[i])) best.offer(x[i], start + i);
+      }
     }
   }
   double total = 0;
   if (most > -kInfinity<A>)
     for (int64_t start = 0; start < vocab; start += kBlock) {
       const int64_t count = std::min(kBlock, vocab - start);
-      total += sum_of_exponentials(clean(row + start, count, buffer, &malformed), count, most);
+      const bool good = !malformed;
+      total += sum_of_exponentials(clean(row + start, count, buffer, good, &malformed), count, most);
     }
   const double shift = double(most) + std::log(total);
   if (k > kInsertion) std::partial_sort(ranks.begin(), ranks.begin() + k, ranks.end());
@@ -140,9 +155,10 @@ bool logsoftmax_topk(Dtype dtype, const void* logits, int64_t rows, int64_t voca
     using T = std::remove_pointer_t<decltype(type)>;
     bool malformed = false;
 #pragma omp parallel for reduction(|| : malformed) if (rows > 1 && rows * vocab > 65536)
-    for (int64_t r = 0; r < rows; ++r)
-      malformed =
-          best_tokens(static_cast<const T*>(logits) + r * vocab, vocab, k, d2t, static_cast<T*>(values) + r * k, tokens + r * k) || malformed;
+    for (int64_t r = 0; r < rows; ++r) {
+      const T* row = static_cast<const T*>(logits) + r * vocab;
+      malformed = best_tokens(row, vocab, k, d2t, static_cast<T*>(values) + r * k, tokens + r * k) || malformed;
+    }
     return malformed;
   });
 }

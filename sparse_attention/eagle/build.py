@@ -135,6 +135,9 @@ def assemble_tree(
     return tree
 
 
+_OUT = tuple(f"out.{name}" for name in DraftTree._fields)
+
+
 class _Options(NamedTuple):
     mask: str
     mask_dtype: torch.dtype
@@ -213,9 +216,8 @@ def _check_candidates(tokens: Tensor, parents: Tensor, root_tokens: Tensor, shap
     check_tensor("parents", parents, (shape[0], None), INT64, like, of)
     check_tensor("root_tokens", root_tokens, (shape[0],), INT64, like, of)
     if tokens.shape[1] % parents.shape[1]:
-        raise ValueError(
-            f"parents has shape {tuple(parents.shape)}, {parents.shape[1]} rows; expected a divisor of the {tokens.shape[1]} candidates of tokens"
-        )
+        given = f"{tuple(parents.shape)}, {parents.shape[1]} rows"
+        raise ValueError(f"parents has shape {given}; expected a divisor of the {tokens.shape[1]} candidates of tokens")
 
 
 def _columns(max_depth: int | None, nodes: int, candidates: tuple[int, int] | None) -> int:
@@ -248,11 +250,11 @@ def _prepare(options: _Options, prefix: Tensor | None, batch: int, nodes: int, c
         return tree._replace(tree_mask=prepare_mask(None, options.mask, options.mask_dtype, prefix, batch, nodes, device))
     if not isinstance(out, DraftTree):
         raise ValueError(f"out is {type(out).__name__}; expected a DraftTree, such as empty_tree makes")
-    like = torch.empty(0, device=device)
-    shapes = {"retrieve_indices": (batch, nodes, columns), "leaf_count": (batch,), "width": (batch,), "orphans": (batch,)}
-    for name, x in out._asdict().items():
-        if name != "tree_mask":
-            check_out(f"out.{name}", x, shapes.get(name, (batch, nodes)), like)
+    each, all_nodes = (batch,), (batch, nodes)
+    shapes = (all_nodes, all_nodes, all_nodes, None, (batch, nodes, columns), each, each, all_nodes, all_nodes, each)
+    for name, x, shape in zip(_OUT, out, shapes):
+        if shape is not None:
+            check_out(name, x, shape, device)
     if (out.tree_mask is None) != (options.mask == "none"):
         raise ValueError(f"out.tree_mask is {'None' if out.tree_mask is None else 'given'}; expected a tensor unless mask is 'none'")
     prepare_mask(out.tree_mask, options.mask, options.mask_dtype, prefix, batch, nodes, device)

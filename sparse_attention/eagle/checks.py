@@ -17,12 +17,14 @@ def check_tensor(
     name: str, x: object, shape: Sequence[int | None], dtypes: Sequence[torch.dtype], like: Tensor | None = None, of: str = ""
 ) -> Tensor:
     """`x`, a tensor of this shape (None: any size of at least 1), one of these dtypes, and the device of `like`, the argument `of`."""
-    wanted = "[" + ", ".join("*" if size is None else str(size) for size in shape) + "]"
     if not isinstance(x, Tensor):
-        raise ValueError(f"{name} is {short(x)}; expected a tensor of shape {wanted}")
-    fits = x.dim() == len(shape) and all(n > 0 if size is None else n == size for n, size in zip(x.shape, shape))
+        raise ValueError(f"{name} is {short(x)}; expected a tensor of shape {_spelled(shape)}")
+    sizes = x.shape
+    fits = len(sizes) == len(shape)
+    for n, size in zip(sizes, shape):
+        fits = fits and (n > 0 if size is None else n == size)
     if not fits:
-        raise ValueError(f"{name} has shape {tuple(x.shape)}; expected {wanted}")
+        raise ValueError(f"{name} has shape {tuple(sizes)}; expected {_spelled(shape)}")
     if x.dtype not in dtypes:
         raise ValueError(f"{name} has dtype {x.dtype}; expected {' or '.join(map(str, dtypes))}")
     if like is not None and x.device != like.device:
@@ -30,16 +32,21 @@ def check_tensor(
     return x
 
 
-def check_out(name: str, out: object, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype = torch.int64) -> None:
+def _spelled(shape: Sequence[int | None]) -> str:
+    return "[" + ", ".join("*" if size is None else str(size) for size in shape) + "]"
+
+
+def check_out(name: str, out: object, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.int64) -> None:
     """That `out` can be written: its shape, dtype, device, and that it is contiguous."""
+    if isinstance(out, Tensor) and out.shape == shape and out.dtype == dtype and out.device == device and out.is_contiguous():
+        return
     if not isinstance(out, Tensor) or tuple(out.shape) != shape:
         raise ValueError(f"{name} is {tuple(out.shape) if isinstance(out, Tensor) else out!r}; expected a tensor of shape {shape}")
     if out.dtype != dtype:
         raise ValueError(f"{name} has dtype {out.dtype}; expected {dtype}")
-    if out.device != like.device:
-        raise ValueError(f"{name} is on {out.device}; expected {like.device}, the device of the inputs")
-    if not out.is_contiguous():
-        raise ValueError(f"{name} has strides {out.stride()}; expected a contiguous tensor")
+    if out.device != device:
+        raise ValueError(f"{name} is on {out.device}; expected {device}, the device of the inputs")
+    raise ValueError(f"{name} has strides {out.stride()}; expected a contiguous tensor")
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
@@ -51,7 +58,8 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 def check_integer(name: str, value: object, low: int, high: int | None = None) -> int:
     """`value`, an integer from `low` to `high`."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < low or (high is not None and value > high):
-        raise ValueError(f"{name} is {short(value)}; expected an integer {f'from {low} to {high}' if high is not None else f'of at least {low}'}")
+        wanted = f"of at least {low}" if high is None else f"from {low} to {high}"
+        raise ValueError(f"{name} is {short(value)}; expected an integer {wanted}")
     return int(value)
 
 

@@ -26,8 +26,8 @@ def commit(
 ) -> Committed:
     """Moves row lengths + accept_index[j] to row lengths + j, for j up to accept_length, in every layer, in place.
 
-    caches: [L, B, H, S, D], or a list of such or of [B, H, S, D], any strides with D contiguous, all of one dtype (L counts keys and values:
-    EAGLE's past_key_values_data_list is such a list). Paged: [L, pages, H, page size, D], or a list of such or of 4 dimensions, and
+    caches: [L, B, H, S, D], or a list of such or of [B, H, S, D], any strides with D contiguous, all of one dtype (L counts keys and
+    values: EAGLE's past_key_values_data_list is such a list). Paged: [L, pages, H, page size, D], or a list of such or of 4 dimensions, and
     block_table [B, most pages of a request] int32 or int64; row r of request b is row r % page size of page block_table[b, r // page size].
     Other orders are views of these: transpose them.
 
@@ -97,8 +97,8 @@ def _reference(
 def _problems(
     layers: list[Tensor], lengths: Tensor, accept_index: Tensor, accept_length: Tensor, block_table: Tensor | None, hidden: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
-    """[B] bool, which requests are well formed, and what is wrong with the others: accept_length [B], accept_index [B, S'] and pages [B, S'];
-    then the rows that a request can have."""
+    """[B] bool, which requests are well formed; of the others what is wrong, accept_length [B], accept_index [B, S'] or pages [B, S'];
+    and how many rows a request can have."""
     width = accept_index.shape[1]
     page = layers[0].shape[3]
     rows = page if block_table is None else page * block_table.shape[1]
@@ -126,9 +126,9 @@ def _refuse(
     found = first(index_bad)
     if found is not None:
         nodes = "" if hidden is None else f", a node below {hidden.shape[1]}"
+        start = f"lengths[{found[0]}] is {int(lengths[found[0]])}"
         raise ValueError(
-            f"{at('accept_index', found)} is {int(accept_index[found])} and lengths[{found[0]}] is {int(lengths[found[0]])}; expected a row of "
-            f"the cache, which has {rows}{nodes}"
+            f"{at('accept_index', found)} is {int(accept_index[found])} and {start}; expected a row of the cache, which has {rows}{nodes}"
         )
     found = first(pages_bad)
     if found is not None:

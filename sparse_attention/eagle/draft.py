@@ -10,16 +10,14 @@ from sparse_attention.eagle.native import engine
 from sparse_attention.eagle.outputs import Frontier, TopK
 
 
-def logsoftmax_topk(
-    logits: Tensor, k: int, *, d2t: Tensor | None = None, impl: str = "auto", check: bool | None = None
-) -> TopK:
+def logsoftmax_topk(logits: Tensor, k: int, *, d2t: Tensor | None = None, impl: str = "auto", check: bool | None = None) -> TopK:
     """The k largest log-probabilities of each row, best first, and their tokens: each [..., k].
 
     logits: [..., V] float32, float64, bfloat16 or float16. The log-softmax is computed in float32 (float64 for float64) and rounded to the
-    dtype of the logits once, as PyTorch does on CUDA. Order: logit descending, then token ascending; PyTorch's topk leaves equal values open. d2t:
-    [V] int64, EAGLE-3's offsets from draft tokens to the target's: tokens are then t + d2t[t].
+    dtype of the logits once, as PyTorch does on CUDA. Order: logit descending, then token ascending; PyTorch's topk leaves equal values
+    open. d2t: [V] int64, EAGLE-3's offsets from draft tokens to the target's: tokens are then t + d2t[t].
 
-    NaN or infinity among the logits is a ValueError; with check=False (the default on CUDA) both count as minus infinity, whose
+    NaN or plus infinity among the logits is a ValueError; with check=False (the default on CUDA) both count as minus infinity, whose
     log-probability is minus infinity even where nothing else is in the row.
     """
     if not isinstance(logits, Tensor) or logits.dim() < 1:

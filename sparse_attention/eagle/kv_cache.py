@@ -88,9 +88,8 @@ def refuse_lengths(lengths: Tensor, count: int, rows: int) -> None:
     """ValueError unless `count` more rows fit everywhere."""
     found = first((lengths < 0) | (lengths > rows - count))
     if found is not None:
-        raise ValueError(
-            f"{at('lengths', found)} is {int(lengths[found])}; expected 0 to {rows - count}: the cache has {rows} rows and {count} are appended"
-        )
+        wanted = f"0 to {rows - count}: the cache has {rows} rows and {count} are appended"
+        raise ValueError(f"{at('lengths', found)} is {int(lengths[found])}; expected {wanted}")
 
 
 def unit_stride(x: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ def refuse_selection(selected: Tensor, tokens: Tensor, parents: Tensor) -> None:
     found = first(selected[:, 1:] <= selected[:, :-1])
     if found is not None:
         b, n = found
-        raise ValueError(f"{at('selected', (b, n + 1))} is {int(selected[b, n + 1])}; expected more than {int(selected[b, n])}, the one before it")
+        pair = int(selected[b, n]), int(selected[b, n + 1])
+        raise ValueError(f"{at('selected', (b, n + 1))} is {pair[1]}; expected more than {pair[0]}, the one before it")
     row = selected // (candidates // parents.shape[1])
     above = parents.gather(1, row)
     found = first((above < 0) | (above > selected))
@@ -34,10 +35,8 @@ def refuse_selection(selected: Tensor, tokens: Tensor, parents: Tensor) -> None:
     held[:, 0] = True
     found = first(~held.gather(1, above))
     if found is not None:
-        raise ValueError(
-            f"{at('selected', found)} is {int(selected[found])}, a child of candidate {int(above[found]) - 1}; expected that candidate to be "
-            "selected too"
-        )
+        child = f"{int(selected[found])}, a child of candidate {int(above[found]) - 1}"
+        raise ValueError(f"{at('selected', found)} is {child}; expected that candidate to be selected too")
 
 
 def refuse_depth(tree: DraftTree, columns: int) -> None:

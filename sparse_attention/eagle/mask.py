@@ -113,7 +113,8 @@ def refuse_parents(parents: Tensor, forest: bool) -> None:
     found = first(bad)
     if found is not None:
         node = found[1]
-        wanted = "-1: node 0 is the root" if node == 0 else f"a node from {-1 if forest else 0} to {node - 1}: parents precede their children"
+        lowest = -1 if forest else 0
+        wanted = f"a node from {lowest} to {node - 1}: parents precede their children" if node else "-1: node 0 is the root"
         raise ValueError(f"{at('parents', found)} is {int(parents[found])}; expected {wanted}")
 
 
@@ -125,8 +126,10 @@ def check_prefix(prefix_lens: Sequence[int] | Tensor | None, form: str, batch: i
         raise ValueError(f"prefix_lens is None; expected {batch} lengths for a 'full' mask")
     if not isinstance(prefix_lens, Tensor):
         prefix_lens = torch.tensor(list(prefix_lens), dtype=torch.int64)
-    if tuple(prefix_lens.shape) != (batch,) or prefix_lens.dtype != torch.int64 or prefix_lens.device not in (device, torch.device("cpu")):
-        raise ValueError(f"prefix_lens is {short(prefix_lens)} on {prefix_lens.device}; expected {batch} int64 lengths on {device} or the CPU")
+    placed = prefix_lens.device in (device, torch.device("cpu"))
+    if tuple(prefix_lens.shape) != (batch,) or prefix_lens.dtype != torch.int64 or not placed:
+        given = f"{short(prefix_lens)} on {prefix_lens.device}"
+        raise ValueError(f"prefix_lens is {given}; expected {batch} int64 lengths on {device} or the CPU")
     if prefix_lens.device.type == "cpu" and int(prefix_lens.min()) < 0:
         raise ValueError(f"prefix_lens is {prefix_lens.tolist()}; expected lengths of at least 0")
     return prefix_lens
@@ -145,7 +148,7 @@ def prepare_mask(
         if out is None and size is None:
             raise ValueError("prefix_lens is on CUDA and no tensor for the mask is given in out; expected one of N * (prefix + N), summed")
         if out is not None:
-            check_out("the full mask of out", out, (out.numel(),), torch.empty(0, device=device), torch.bool)
+            check_out("the full mask of out", out, (out.numel(),), device, torch.bool)
             if size is not None and out.numel() < size:
                 raise ValueError(f"the full mask of out has {out.numel()} elements; expected at least {size}")
             return out
@@ -155,5 +158,5 @@ def prepare_mask(
     shape, expected = mask_layout(batch, nodes, form, out.dtype, 0)
     if form == "additive" and out.dtype not in FLOATS:
         raise ValueError(f"the mask of out has dtype {out.dtype}; expected {', '.join(map(str, FLOATS))}")
-    check_out("the mask of out", out, shape, torch.empty(0, device=device), expected)
+    check_out("the mask of out", out, shape, device, expected)
     return out

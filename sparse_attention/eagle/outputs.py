@@ -78,11 +78,10 @@ def empty_tree(
 ) -> DraftTree:
     """Uninitialised tensors for `out=` of `build` and `build_tree`. full_size: elements of a "full" mask, N * (prefix + N) summed."""
 
-    def integers(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.int64, device=device)
-
+    draft_tokens = torch.empty((batch, nodes), dtype=torch.int64, device=device)
+    integers = draft_tokens.new_empty
     return DraftTree(
-        draft_tokens=integers(batch, nodes),
+        draft_tokens=draft_tokens,
         parents=integers(batch, nodes),
         depths=integers(batch, nodes),
         tree_mask=empty_mask(batch, nodes, mask, mask_dtype, full_size, device),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
 SECTIONS = ("total", "preallocation", "mask", "tolist", "retrieve_indices")
+_NOTHING = nullcontext()
 
 
 class Profile:
@@ -49,11 +50,6 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-@contextmanager
-def section(profile: Profile | None, name: str, device: torch.device) -> Iterator[None]:
+def section(profile: Profile | None, name: str, device: torch.device) -> AbstractContextManager:
     """A section of `profile`, or nothing at all when there is no profile."""
-    if profile is None:
-        yield
-    else:
-        with profile.section(name, device):
-            yield
+    return _NOTHING if profile is None else profile.section(name, device)

@@ -25,7 +25,7 @@ def select_tree(scores: Tensor, total_tokens: int, *, impl: str = "auto", check:
     if out is None:
         out = scores.new_empty(scores.shape[0], total_tokens, dtype=torch.int64)
     else:
-        check_out("out", out, (scores.shape[0], total_tokens), scores)
+        check_out("out", out, (scores.shape[0], total_tokens), scores.device)
     checked = wants_check(check, scores.device)
     if native is None:
         if checked:
