@@ -23,7 +23,7 @@ struct Shape {
   static constexpr int kPer = kChunkBytes / sizeof(T);
   static constexpr int kElements = kChunks * kPer;
   static constexpr int kGroups = 32 / kLanes;
-  static constexpr int kKeys = kChunks <= 2 ? 4 / kChunks : 1;  // of a group in flight
+  static constexpr int kKeys = kChunks == 1 ? 4 : kChunks == 2 && kHeads < 4 ? 2 : 1;  // of a group in flight
   static constexpr int kStep = kGroups * kKeys;
   // One running sum over a long row would lose several times what PyTorch loses; a 16-bit output does not show it.
   static constexpr bool kFolds = sizeof(T) >= 4;
@@ -233,25 +233,26 @@ __device__ inline void take(const Forward& f, int batch, int head, int row, cons
 template <class S>
 __global__ void __launch_bounds__(32 * kWarps, S::kBlocks) rows(const __grid_constant__ Forward f, int piece_blocks, int turns) {
   const int warp = threadIdx.x / 32;
-  if (blockIdx.x < piece_blocks) {
+  int batch, head, row, first = 0, count = -1, piece = -1;
+  if (int(blockIdx.x) < piece_blocks) {
     const int number = blockIdx.x * kWarps + warp;
     if (number >= f.batch * f.n_pieces) return;
-    const int batch = number / f.n_pieces, n = number % f.n_pieces;
-    const Piece piece = f.pieces[n];
-    const int64_t start = f.row_start[int64_t(f.head_variant[piece.head]) * f.q_len + piece.row];
-    take<S>(f, batch, piece.head, piece.row, f.columns + start + piece.first, piece.count, n);
-    return;
+    batch = number / f.n_pieces, piece = number % f.n_pieces;
+    const Piece it = f.pieces[piece];
+    head = it.head, row = it.row, first = it.first, count = it.count;
+    turns = 1;
+  } else {
+    const unsigned block = blockIdx.x - piece_blocks, rows_a_block = kWarps * turns;
+    const unsigned blocks_a_head = (f.q_len + rows_a_block - 1) / rows_a_block, heads = f.heads / S::kHeads;
+    const unsigned sequence = block / blocks_a_head;
+    head = sequence % heads * S::kHeads, batch = sequence / heads;
+    row = block % blocks_a_head * rows_a_block + warp;
   }
-  const unsigned block = blockIdx.x - piece_blocks, rows_a_block = kWarps * turns;
-  const unsigned blocks_a_head = (f.q_len + rows_a_block - 1) / rows_a_block, heads = f.heads / S::kHeads;
-  const unsigned sequence = block / blocks_a_head;
-  const int head = sequence % heads * S::kHeads, batch = sequence / heads;
   const int64_t* row_start = f.row_start + int64_t(f.head_variant[head]) * f.q_len;
-  int row = block % blocks_a_head * rows_a_block + warp;
-  for (int turn = 0; turn < turns && row < f.q_len; ++turn, row += kWarps) {
+  for (; turns > 0 && row < f.q_len; --turns, row += kWarps) {
     const int64_t start = row_start[row];
-    const int64_t count = row_start[row + 1] - start;
-    if (count <= f.longest) take<S>(f, batch, head, row, f.columns + start, int(count), -1);
+    const int64_t keys = piece < 0 ? row_start[row + 1] - start : count;
+    if (piece >= 0 || keys <= f.longest) take<S>(f, batch, head, row, f.columns + start + first, int(keys), piece);
   }
 }
 
