@@ -29,14 +29,18 @@ def doubling(parents: Tensor) -> Tensor:
 def incremental(parents: Tensor) -> Tensor:
     """The same, level by level: a level's rows are its parents' finished rows and the diagonal. Waits for the device once a level."""
     batch, nodes = parents.shape
-    sees = torch.eye(nodes, dtype=torch.bool, device=parents.device).repeat(batch, 1, 1)
-    level = parents < 0
+    rows = torch.eye(nodes, dtype=torch.bool, device=parents.device).repeat(batch, 1)  # of all requests, one under the other
+    index = torch.arange(batch * nodes, device=parents.device)
+    root = (parents < 0).flatten()
+    above = torch.where(root, index, parents.flatten() + index - index % nodes)
+    level = root
     while True:
-        level = (parents >= 0) & level.gather(1, parents.clamp(min=0))
-        b, n = level.nonzero(as_tuple=True)
-        if len(n) == 0:
-            return sees
-        sees[b, n] |= sees[b, parents[b, n]]
+        level = level.index_select(0, above) & ~root
+        now = level.nonzero().squeeze(1)
+        if len(now) == 0:
+            return rows.view(batch, nodes, nodes)
+        rows.index_copy_(0, now, rows.index_select(0, above.index_select(0, now)))
+        rows.view(-1).index_fill_(0, now * nodes + now % nodes, True)
 
 
 def rebuild(parents: Tensor, profile: Profile | None = None) -> Tensor:
