@@ -385,6 +385,28 @@ def test_the_fixture_s_floor_can_be_a_machine_s(session, pytester):
     assert session(source, "--breakeven-thresholds=floors.json", "--breakeven-allow-unknown-class", benchmark=False).ret == 0
 
 
+RENAMED = """
+import pytest
+from their_cases import CASES
+
+@pytest.mark.parametrize("case", CASES[:1], ids=lambda c: c.id)
+def test_race(case, breakeven_race):
+    breakeven_race(case)
+"""
+
+
+@pytest.mark.parametrize("options", [(), ("--breakeven-thresholds=thresholds.json",)], ids=["beside", "given"])
+def test_a_floor_whose_case_is_gone_is_13(session, pytester, options):
+    pytester.makepyfile(their_cases="from tests.breakeven_toys import case\nCASES = [case('quick'), case('other')]\n")
+    floors = pytester.path / "thresholds.json"
+    floors.write_text('{"*": {"other": {"floor": 1.5}, "gone*": {"floor": 1.5}, "test_it.py::test_x": {"floor": 1.5}}}')
+    assert session(RENAMED, *options, benchmark=False).ret == 0, "a case that pytest does not collect is there all the same"
+    floors.write_text('{"*": {"renamed": {"floor": 1.5}}}')
+    found = session(RENAMED, *options, benchmark=False)
+    assert found.ret == 13
+    found.stdout.fnmatch_lines(["*has floors for renamed, of which*"])
+
+
 def test_what_cannot_be_measured_here_is_12(session, pytester):
     pytester.makeconftest(
         "from sparse_attention.breakeven import Unavailable, fresh\n"

@@ -241,6 +241,13 @@ def test_the_commit_is_of_the_repository_that_is_worked_in(repository, monkeypat
         assert machine.describe()["dirty"]
         digests.add(machine.describe()["changes"])
     assert len(digests) == 2 and None not in digests
+    subprocess.run(["git", "checkout", "-q", "kernel.py"], check=True)
+    (repository / "run.json").write_text("{}")
+    assert machine.describe()["changes"] is None, "what a run leaves behind changes no kernel"
+    for speed in (1, 2):
+        (repository / "untracked.cpp").write_text(f"int speed = {speed};\n")
+        digests.add(machine.describe()["changes"])
+    assert len(digests) == 4 and machine.describe()["dirty"]
     monkeypatch.chdir(repository.parent)
     assert machine.describe()["commit"] is None
 

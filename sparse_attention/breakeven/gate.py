@@ -13,7 +13,8 @@ import pytest
 
 from . import clock as clocks
 from . import machine, table
-from .case import Case, Workload
+from .case import Case, NothingToCheck, Workload
+from .collected import Tables, tables_of
 from .compare import Comparisons
 from .forwarding import comparable
 from .fresh import BlockWriter
@@ -23,6 +24,7 @@ from .replay import prepare, replay
 from .result import Result, results
 from .store import Run
 from .terms import Terms, terms
+from .thresholds import key as machine_key
 from .unheard import FIXTURES, Unheard
 from .verdict import ExitCode, Sequential, TwoStage, Verdict
 
@@ -42,6 +44,7 @@ class Gate:
         self._worker = BlockWriter(target, threads, self._settings.device, given) if target else None
         self._comparisons = Comparisons(config, self._settings, given)
         self._cases: dict[str, Case] = {}
+        self._tables = Tables()
         self._terms = Terms([])
         self._run: Run | None = None
         self._raced: dict[str, Result] = {}
@@ -91,7 +94,9 @@ class Gate:
         return [*self._raced.values(), *self._compared.values(), *self._without_result()]
 
     def prepare(self, items: list[pytest.Item]) -> None:
-        """Before pytest-benchmark looks for its fixture: give it to the tests that race."""
+        """Before pytest-benchmark looks for its fixture: give it to the tests that race. Nothing is deselected yet."""
+        raced = [(item.module, case) for item in items if (case := _case_of(item)) is not None]
+        self._tables = tables_of({module for module, _ in raced}, [case for _, case in raced])
         for item in items:
             case = _case_of(item)
             if case is not None and hasattr(self._config.option, "benchmark_only"):
@@ -195,7 +200,11 @@ class Gate:
             raise pytest.UsageError("--breakeven-base races tables of cases: no selected test uses breakeven_race")
         try:
             chosen = self._settings.threads, self._settings.device
-            self._terms = terms(option, cases.values(), *chosen, prefix="breakeven_")
+            self._terms = terms(option, cases.values(), *chosen, prefix="breakeven_", known=self._tables.ids)
+            if not option.breakeven_base and option.breakeven_thresholds is None:
+                self._tables.require_cases(machine_key(machine.machine_class(self._settings.device), *chosen))
+        except NothingToCheck as error:
+            pytest.exit(f"breakeven: {error}", returncode=int(ExitCode.NOTHING_CHECKED))
         except (ValueError, OSError) as error:
             raise pytest.UsageError(str(error)) from error
         self._settings = replace(self._settings, **self._terms.settings)

@@ -9,6 +9,7 @@ import subprocess
 import time
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from .case import Unavailable
@@ -34,6 +35,10 @@ _MICROARCHITECTURES = [
     ("GenuineIntel", 6, 0xCF, 0xCF, "emeraldrapids"),
     ("GenuineIntel", 6, 0xAD, 0xAE, "graniterapids"),
 ]
+
+
+# Untracked, a kernel may be in these; what runs leave behind is not code.
+_CODE = (".py", ".pyx", ".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp", ".rs", ".jl", ".so")
 
 
 def cores() -> int:
@@ -82,8 +87,8 @@ def cpu_flags() -> frozenset[str]:
 def describe(device: str = "cpu") -> dict[str, Any]:
     """What a reader needs beside a number. Imports nothing heavy.
 
-    `commit` is of the repository around the working folder, whose kernels these are; `changes` identifies what differs from it,
-    untracked files aside. `harness` is what measured them.
+    `commit` is of the repository around the working folder, whose kernels these are; `changes` identifies what differs from it, of
+    untracked files only code. `harness` is what measured them.
     """
     info = _cpuinfo()
     commit, committed, changes = _commit(os.getcwd())
@@ -208,12 +213,23 @@ def _commit(folder: str) -> tuple[str | None, str | None, str | None]:
     def git(*arguments):
         return subprocess.run(["git", "-C", folder, *arguments], capture_output=True, timeout=10)
 
+    digest = hashlib.sha256()
+
     try:
         head = git("log", "-1", "--format=%H %cI")
         if head.returncode:
             return None, None, None
         changes = git("diff", "--binary", "--no-ext-diff", "--no-textconv", "HEAD").stdout
+        top = git("rev-parse", "--show-toplevel").stdout.decode().strip()
+        listed = git("ls-files", "--others", "--exclude-standard", "--full-name", "-z", top).stdout.decode(errors="surrogateescape")
     except (OSError, subprocess.TimeoutExpired):
         return None, None, None
     commit, committed = head.stdout.decode().split()
-    return commit, committed, hashlib.sha256(changes).hexdigest()[:16] if changes else None
+    untracked = [name for name in listed.split("\0") if name.endswith(_CODE)]
+    digest.update(changes)
+    for name in untracked:
+        try:
+            digest.update(os.fsencode(name) + b"\0" + Path(top, name).read_bytes() + b"\0")
+        except OSError:
+            continue  # gone meanwhile, or not to be read
+    return commit, committed, digest.hexdigest()[:16] if changes or untracked else None

@@ -61,8 +61,12 @@ class Terms:
         return exit_code((r.verdict for r in left), strict, allow_not_evaluated)
 
 
-def terms(options: Any, cases: Iterable[Case], threads: int, device: str, table: str = "", prefix: str = "") -> Terms:
-    """From the options of `add_options`. `table` is where the cases came from: what lies beside it is the default."""
+def terms(
+    options: Any, cases: Iterable[Case], threads: int, device: str, table: str = "", prefix: str = "", known: Iterable[str] = ()
+) -> Terms:
+    """From the options of `add_options`. `table` is where the cases came from: what lies beside it is the default. `known`
+    stands in for a table: the ids of all its cases, selected or not.
+    """
 
     def given(name):
         return getattr(options, prefix + name)
@@ -78,8 +82,10 @@ def terms(options: Any, cases: Iterable[Case], threads: int, device: str, table:
     if path is None or os.fspath(path) == NO_FILE:
         return Terms(cases, since=since, asked=asked)
     floors, machine = Thresholds.load(path), key(machine_class(device), threads, device)
-    if table and (lost := floors.without_case(machine, [case.id for case in load_table(table)])):
-        raise NothingToCheck(f"{path} has floors for {', '.join(lost)}, of which {table} has no case: rename or remove them there too")
+    known = [case.id for case in load_table(table)] if table else list(known)
+    if known and (lost := floors.without_case(machine, known)):
+        whose = table or "the table"
+        raise NothingToCheck(f"{path} has floors for {', '.join(lost)}, of which {whose} has no case: rename or remove them there too")
     allowed = given("allow_unknown_class")
     return Terms(floors.applied(cases, machine), None, floors.unjudged(machine), allowed, since, asked)
 

@@ -87,10 +87,12 @@ class Thresholds:
         return case.floor if entry is None else float(entry["floor"])
 
     def without_case(self, key: str, ids: Iterable[str]) -> list[str]:
-        """Ids that have a floor on this machine but are no case's, such as after a rename; patterns are passed over."""
+        """Ids that have a floor on this machine but are no case's, such as after a rename; patterns and ids of tests are passed
+        over.
+        """
         known = set(ids)
         named = [id for name, entries in self.classes.items() if _matches(key, name) for id in entries if not set(id) & set("*?[")]
-        return [id for id in dict.fromkeys(named) if id not in known]
+        return [id for id in dict.fromkeys(named) if id not in known and "::" not in id]
 
     def applied(self, cases: Iterable[Case], key: str) -> list[Case]:
         """The cases with this machine's floors."""
