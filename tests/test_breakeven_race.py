@@ -18,6 +18,7 @@ from sparse_attention.breakeven.store import Block, Record
 from sparse_attention.breakeven.table import markdown, seconds, text
 from tests import breakeven_toys as toys
 from tests.breakeven_toys import case
+from tests.study_toys import FakeProcesses
 
 TABLE = ["--table", "tests.breakeven_toys:CASES"]
 MEASURE = [*TABLE, "--device", toys.DEVICE, "--budget", "20s", "--quiet", "--policy", "sequential"]
@@ -156,6 +157,42 @@ def test_candidate_equal_to_the_baseline_fails_a_floor_of_five_percent():
     _, found = raced([case("par", slow=1e-3, floor=1.05)], policy=Sequential((5,)))
     assert found["par"].verdict is Verdict.FAIL
     assert found["par"].detects < 0.05
+
+
+@pytest.mark.parametrize("budget_s, blocks", [(30.0, 3), (300.0, 5)])
+def test_dear_cases_that_surely_pass_are_left_at_three_blocks_when_time_is_short(budget_s, blocks):
+    """The toys' seconds are planned with, and take none."""
+    cases = [case("dear", fast=1.0, slow=9.0), case("near", slow=1.02e-3), case("dear and near", fast=1.0, slow=1.001)]
+    chosen = Settings(budget_s=budget_s, policy=TwoStage(), device=toys.DEVICE, threads=2)
+    race = Race(cases, chosen, Silent())
+    race.scout()
+    race.first_look(leave_sure=True)
+    taken = {name: len(record.blocks) for name, record in race.run.records.items()}
+    assert taken == {"dear": blocks, "near": 5, "dear and near": 5}
+    found = {r.id: r for r in results(race.run, TwoStage())}
+    assert found["dear"].verdict is Verdict.PASS and found["dear"].interval.blocks == blocks
+
+
+def test_suspects_come_before_what_is_for_information_and_that_before_the_undecided(monkeypatch):
+    seen, fake = [], FakeProcesses(lambda case: (1e-3, case.args["slow"]))
+
+    def watched(kind, cases, **fields):
+        seen.append(((f"{kind} on {fields['threads']}" if kind == "block" else kind), [c.id for c in cases]))
+        return {} if kind == "columns" else fake(kind, cases, **fields)
+
+    monkeypatch.setattr(race_module, "run_worker", watched)
+    monkeypatch.setattr(race_module, "cores", lambda: 2)
+    cases = [case("below", slow=0.5e-3, columns=("rival",)), case("at it", slow=1e-3)]
+    raced(cases, TwoStage())
+    short = [kind for n, kind in enumerate(seen) if n == 0 or kind != seen[n - 1]]
+    assert short == [
+        ("scout", ["below", "at it"]),
+        ("block on 1", ["below", "at it"]),
+        ("block on 1", ["below"]),
+        ("block on 2", ["below", "at it"]),
+        ("columns", ["below"]),
+        ("block on 1", ["at it"]),
+    ]
 
 
 def test_an_allowance_is_taken_off_the_candidate():

@@ -91,9 +91,10 @@ def _measured(options, injected: Sequence[Injected], progress: Progress) -> Run:
     path = options.json or options.resume
     resume = Run.load(options.resume) if options.resume else None
     race = Race(cases, settings, progress, save=lambda run: run.save(path) if path else None, resume=resume)
-    run = race.execute()
+    race.scout()
+    race.first_look()
     progress.done()
-    return run
+    return race.run
 
 
 def _left_out(run: Run, injected: Sequence[Injected], sessions: Sequence[Session]) -> list[str]:

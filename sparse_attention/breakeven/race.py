@@ -17,12 +17,14 @@ from .machine import cores, describe, pinned
 from .process import WorkerDied, run_worker
 from .progress import Progress, duration
 from .result import block_logs, judge_record
-from .sampling import GroupPlan, plan, planned_seconds
+from .sampling import LEAST_PAIRS, GroupPlan, plan, planned_seconds
+from .statistics import interval
 from .store import Block, Record, Run
-from .verdict import Policy, TwoStage
+from .verdict import LEAST_BLOCKS, Policy, TwoStage, Verdict, compare
 
 
 GRACE_S = 60.0  # when the time is up, a process that says nothing for so long hangs
+SURE_ALPHA = 0.01  # error probability of calling a case sure to pass, on fewer blocks than its look has
 BUILD_S = 900.0  # to build and check a case: kernels may have to be compiled, which no budget is for
 
 
@@ -70,9 +72,10 @@ class Race:
         self._overhead_s: float | None = None  # of one block: starting, building, checking twice
 
     def execute(self) -> Run:
-        """Scout, measure and time the columns; returns the run."""
+        """Scout and measure: first looks, second looks of suspects, then what is for information, then what is undecided."""
         self.scout()
-        self.first_look()
+        self.first_look(leave_sure=True)
+        self.further_looks(suspects=True)
         self.all_cores()
         self.columns()
         self.further_looks()
@@ -103,32 +106,40 @@ class Race:
         self.first_look()
         self.further_looks()
 
-    def first_look(self) -> None:
-        """The policy's first blocks of every case; disturbed ones are taken again, but not in the time of what follows."""
+    def first_look(self, leave_sure: bool = False) -> None:
+        """The policy's first blocks of every case; disturbed ones are taken again, but not in the time of what follows.
+
+        With `leave_sure`, cases that surely pass on a few blocks are left at that where the time does not allow all.
+        """
         first = self.settings.policy.blocks
         end_s = self.left_s * (1 - self.settings.first_look_share)  # time left when it should be over
         for number in range(2 * first):
             pending = self._pending(first_look=True)
+            if leave_sure:
+                pending = self._without_sure(pending, self.left_s - end_s)
             if not pending or self.left_s < (0 if number < first else end_s / 2) or self._hopeless():
                 break
             self._block(pending, (self.left_s - end_s) / max(self._judged(r).more for r in pending))
 
-    def further_looks(self) -> None:
-        """More blocks of the cases that need them, as many cases as the time allows."""
-        while chosen := self._affordable(self._pending(first_look=False)):
+    def further_looks(self, suspects: bool = False) -> None:
+        """More blocks of the cases that need them, or of suspects alone, as many cases as the time allows."""
+        while chosen := self._affordable([r for r in self._pending(first_look=False) if self._judged(r).suspect or not suspects]):
             self._block(chosen, self.left_s / max(self._judged(r).more for r in chosen))
 
     def all_cores(self) -> None:
-        """One block on all cores, for information, where the gate itself is on one thread of a CPU."""
+        """One short block on all cores, for information, where the gate itself is on one thread of a CPU: of as many cases as the
+        time allows, cheap ones first.
+        """
         threads = cores()
         name = f"{'base' if self.settings.base else 'dense'}, {threads} threads"
         wanted = [r for r in self.run.records.values() if r.ready and r.blocks and r.baseline and name not in r.columns]
         is_cpu = getattr(kind(self.settings.device), "on_threads", False)
         if not is_cpu or self.settings.threads != 1 or threads == 1 or not wanted:
             return
-        plans, needed_s = self.planned(wanted, self.left_s / 3)
-        if needed_s > self.left_s:
+        wanted = self._cheapest(wanted, self.left_s, lambda records: self._shortest(records, threads)[1])
+        if not wanted:
             return
+        plans, _ = self._shortest(wanted, threads)
         what = f"{len(wanted)} cases on {threads} threads"
         try:
             found = self._block_worker(wanted, plans, what, threads=threads, cores=pinned(threads), timeout_s=self.left_s)
@@ -138,7 +149,8 @@ class Race:
         for record in wanted:
             blocks = [Block(0, record.baseline, **samples) for samples in [found["samples"].get(record.case.id)] if samples]
             for log in block_logs(replace(record, blocks=blocks)):  # none where it was disturbed
-                record.columns[name] = {"seconds": statistics.median(blocks[0].baseline_s), "speedup": math.exp(log)}
+                pairs = sum(blocks[0].clean)
+                record.columns[name] = {"seconds": statistics.median(blocks[0].baseline_s), "speedup": math.exp(log), "pairs": pairs}
 
     def columns(self) -> None:
         """Further rivals of the cases that name some, in half of the time that is left."""
@@ -159,7 +171,7 @@ class Race:
     def elapsed_s(self) -> float:
         return time.perf_counter() - self._start
 
-    def planned(self, records: list[Record], block_s: float) -> tuple[dict[str, GroupPlan], float]:
+    def planned(self, records: list[Record], block_s: float, least_pairs: int = LEAST_PAIRS) -> tuple[dict[str, GroupPlan], float]:
         """How each group would be measured in a block of about `block_s` seconds, and how long that takes."""
         groups: dict[str, dict[str, float]] = {}
         for record in records:
@@ -168,7 +180,7 @@ class Race:
             if record.baseline is not None:
                 members[""] = record.scout["baselines"][record.baseline]
         least_s = kind(self.settings.device).least_s
-        plans = plan(groups, least_s, block_s - self._overhead(records))
+        plans = plan(groups, least_s, block_s - self._overhead(records), least_pairs)
         return plans, planned_seconds(groups, plans) + self._overhead(records)
 
     def _block(self, records: list[Record], block_s: float) -> None:
@@ -215,6 +227,32 @@ class Race:
         first = self.settings.policy.blocks
         ready = [r for r in self.run.records.values() if r.ready and self._judged(r).more]
         return [r for r in ready if (sum(b.valid for b in r.blocks) < first) == first_look]
+
+    def _shortest(self, records: list[Record], threads: int) -> tuple[dict[str, GroupPlan], float]:
+        """A block of as few pairs as may be on so many cores, and what it may take: seven tenths of a further core are a gain."""
+        plans, one_s = self.planned(records, 0.0, least_pairs=1)
+        overhead_s = self._overhead(records)
+        return plans, (one_s - overhead_s) / (1 + 0.7 * (threads - 1)) + overhead_s
+
+    def _without_sure(self, pending: list[Record], time_s: float) -> list[Record]:
+        """Where `time_s` is too short for all: those that do not surely pass on the blocks that there are, and the cheap others."""
+        more = max((self._judged(r).more for r in pending), default=0)
+        sure = {r.case.id for r in pending if self._sure(r)}
+        unsure, rest = ([r for r in pending if (r.case.id in sure) == known] for known in (False, True))
+        return unsure + self._cheapest(rest, time_s, lambda records: more * self.planned([*unsure, *records], 0.0)[1])
+
+    def _sure(self, record: Record) -> bool:
+        logs = block_logs(record)
+        return len(logs) >= LEAST_BLOCKS and compare(interval(logs, SURE_ALPHA), record.case.floor) is Verdict.PASS
+
+    def _cheapest(self, records: list[Record], time_s: float, seconds: Callable[[list[Record]], float]) -> list[Record]:
+        """As many as take `time_s` together, cheap ones first; `seconds` tells what some take."""
+        chosen: list[Record] = []
+        for record in sorted(records, key=lambda r: self.planned([r], 0.0)[1]):
+            if seconds([*chosen, record]) > time_s:
+                break
+            chosen.append(record)
+        return chosen
 
     def _affordable(self, pending: list[Record]) -> list[Record]:
         """Those of `pending` whose missing blocks fit into the time left: suspects first, then the cheap ones."""

@@ -95,14 +95,16 @@ def inner_calls(seconds: float, least_s: float) -> int:
     return max(1, min(100_000, round(least_s / max(seconds, 1e-9))))
 
 
-def plan(groups: Mapping[str, Mapping[str, float]], least_s: float, budget_s: float) -> dict[str, GroupPlan]:
+def plan(
+    groups: Mapping[str, Mapping[str, float]], least_s: float, budget_s: float, least_pairs: int = LEAST_PAIRS
+) -> dict[str, GroupPlan]:
     """Share `budget_s` over groups of {member: seconds a call}: cheap groups get MOST_PAIRS, dear ones fewer."""
     inner = {g: {m: inner_calls(s, least_s) for m, s in members.items()} for g, members in groups.items()}
     rounds = {g: sum(s * inner[g][m] for m, s in members.items()) for g, members in groups.items()}
 
     def pairs(group: str, share_s: float) -> tuple[int, int]:
         warmup = 3 if rounds[group] < 0.1 else 1 if rounds[group] < 0.5 else 0
-        least = LEAST_PAIRS if rounds[group] < 1.5 else 1  # seconds; a longer call evens itself out
+        least = least_pairs if rounds[group] < 1.5 else 1  # seconds; a longer call evens itself out
         return max(least, min(MOST_PAIRS, int(share_s / rounds[group]) - warmup)), warmup
 
     def cost(share_s: float) -> float:
