@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sparse_attention import dispatch
-from sparse_attention.engines import engine
+from sparse_attention.engines import engine, quick
 from sparse_attention.handle import handle
 from sparse_attention.ops import Attention, attention_op
 from sparse_attention.patterns.base import Pattern
@@ -42,7 +42,14 @@ def attention(
 
     Raises ValueError for inputs that do not fit, BuildError when the sparse engines cannot be compiled here.
     """
-    if torch.compiler.is_compiling() or not _plain(q, k, v):
+    if torch.compiler.is_compiling():
+        return _traced(q, k, v, pattern, scale, impl, return_lse)
+    known = quick(pattern)
+    if known is not None and scale is None and not return_lse:
+        out = known.run(q, k, v, impl)
+        if out is not None:
+            return out
+    if not _plain(q, k, v):
         return _traced(q, k, v, pattern, scale, impl, return_lse)
     if torch._C._is_any_autocast_enabled():
         q, k, v = _autocast(q, k, v)

@@ -9,9 +9,8 @@ from typing import NamedTuple
 import torch
 
 from sparse_attention.cuda_tables import NARROW, QUERIES, WIDE
-from sparse_attention.layout import Layout, layout
 from sparse_attention.patterns import BigBird, BlockSparse, Dense, LiveBlocks, Pattern
-from sparse_attention.patterns.base import Lengths, Tile
+from sparse_attention.patterns.base import Lengths
 from sparse_attention.patterns.bigbird import block_ranges
 from sparse_attention.patterns.compose import And
 
@@ -22,10 +21,9 @@ class Blocks(NamedTuple):
     blocked: Pattern
     base: Pattern
 
-    def layout(self, q_len: int, kv_len: int, heads: int, head_dim: int) -> Layout:
-        """The tiles of `base`; one block holds one of them, or two."""
-        keys = WIDE if self.blocked.block == WIDE and head_dim <= 128 else NARROW
-        return layout(self.base, q_len, kv_len, heads, Tile(QUERIES, keys))
+    def keys(self, head_dim: int) -> int:
+        """Keys of a tile; one block holds one tile of them, or two."""
+        return WIDE if self.blocked.block == WIDE and head_dim <= 128 else NARROW
 
 
 def split(pattern: Pattern, q_len: int, kv_len: int, heads: int) -> Blocks | None:
@@ -67,7 +65,7 @@ def mask_of(blocked: Pattern, q_len: int, kv_len: int, heads: int, device: torch
 def _bigbird(bigbird: BigBird, lengths: Lengths, heads: int, device: torch.device) -> torch.Tensor:
     columns = -(-lengths.kv_len // bigbird.block)
     first = lengths.offset // bigbird.block
-    start, stop = (torch.from_numpy(side[:, first:]).to(device) for side in block_ranges(bigbird, range(heads), columns))
+    start, stop = (side[:, first:] for side in block_ranges(bigbird, range(heads), columns, device))
     # Ranges open with 1 and close with -1; blocks in between have a positive running sum.
     edges = torch.zeros(*start.shape[:2], columns + 1, dtype=torch.int8, device=device)
     one = torch.ones((), dtype=torch.int8, device=device).expand(start.shape)

@@ -56,10 +56,12 @@ def tables(found: Layout, device: torch.device, processors: int, halves: bool = 
     for part, merge_of_head in zip(found.parts, merges):
         shared = _shared_tables(found, part, halves)
         items, length = _work(found, part)
-        kinds = np.stack([items[:, 8], merge_of_head[items[:, 0]]], axis=1)  # (stride, merge)
-        for stride, merge in np.unique(kinds, axis=0):
-            mine = (kinds == (stride, merge)).all(axis=1)
-            work, starts = _shared_out(items[mine], length[mine], processors)
+        kinds = items[:, 8] * np.int64(4) + merge_of_head[items[:, 0]]
+        for kind in np.unique(kinds):
+            mine, (stride, merge) = kinds == kind, divmod(kind, 4)
+            # A filter brings its own order.
+            shares = items[mine], np.zeros(processors + 1, np.int32)
+            work, starts = shares if halves else _shared_out(items[mine], length[mine], processors)
             moved = (torch.from_numpy(np.ascontiguousarray(x)).to(device) for x in (work, starts, part.row_start.numpy(), *shared[1:]))
             parts.append(Part(int(stride), int(merge), shared[0], *moved))
     return parts
@@ -101,16 +103,19 @@ def _work(found: Layout, part: LayoutPart) -> tuple[np.ndarray, np.ndarray]:
     a time.
     """
     views, bounds = part.views.numpy(), part.variant_views.numpy()
-    items = []
-    for head, variant in enumerate(part.head_variant.numpy()):
-        for q_first, k_first, stride, q_count, _, row_base in views[bounds[variant] : bounds[variant + 1]]:
+    of_variant = []  # items of head 0
+    for first, stop in zip(bounds, bounds[1:]):
+        mine = [np.zeros((0, 12), np.int32)]
+        for q_first, k_first, stride, q_count, _, row_base in views[first:stop]:
             tile = np.arange(-(-q_count // found.tile_q), dtype=np.int32)
             columns = [
-                head, row_base + tile, tile, q_first % stride, q_first // stride, k_first % stride, k_first // stride,
+                0, row_base + tile, tile, q_first % stride, q_first // stride, k_first % stride, k_first // stride,
                 q_first, stride, q_count, q_first % stride < found.q_len % stride, k_first % stride < found.kv_len % stride,
             ]
-            items.append(np.stack([np.broadcast_to(column, tile.shape) for column in columns], axis=1))
-    work = np.concatenate(items).astype(np.int32)
+            mine.append(np.stack([np.broadcast_to(column, tile.shape) for column in columns], axis=1).astype(np.int32))
+        of_variant.append(np.concatenate(mine))
+    work = np.concatenate([of_variant[variant] for variant in part.head_variant.numpy()])
+    work[:, 0] = np.repeat(np.arange(found.heads), [len(of_variant[variant]) for variant in part.head_variant.numpy()])
     tiles = np.concatenate([[0], np.cumsum(part.runs.numpy()[:, 1])])[part.row_start.numpy()]
     length = np.diff(tiles)[work[:, 1]]
     order = np.lexsort((-length, work[:, 0] // SECTION, length <= LONG * length.mean()))
@@ -135,18 +140,21 @@ def _dead_masks(found: Layout, part: LayoutPart, seen: np.ndarray, alone: bool) 
     be NaN. seen: int64 [n_masks, keys / 64], the keys that some query of the tile sees.
     """
     dead = np.zeros(len(seen), dtype=bool)
-    everything = np.append(seen, np.full((1, seen.shape[1]), -1, np.int64), axis=0)  # the last for full tiles
     runs, row_start = part.runs.numpy(), part.row_start.numpy()
     for _, _, _, q_count, k_count, row_base in part.views.numpy():
         mine = runs[row_start[row_base] : row_start[row_base + -(-q_count // found.tile_q)]]
-        first = np.cumsum(mine[:, 1]) - mine[:, 1]
-        at = np.repeat(mine[:, 0] - first, mine[:, 1]) + np.arange(mine[:, 1].sum())
-        mask = np.repeat(mine[:, 2], mine[:, 1])
-        past_the_end = np.arange(-(-k_count // found.tile_k) * found.tile_k) >= k_count  # read as 0
+        masked, full = mine[mine[:, 2] >= 0], mine[mine[:, 2] < 0]
+        first = np.cumsum(masked[:, 1]) - masked[:, 1]
+        at = np.repeat(masked[:, 0] - first, masked[:, 1]) + np.arange(masked[:, 1].sum())
+        tile, one = np.divmod(np.unique(at * np.int64(len(seen)) + np.repeat(masked[:, 2], masked[:, 1])), max(1, len(seen)))
+        tiles = -(-k_count // found.tile_k)
+        past_the_end = np.arange(tiles * found.tile_k) >= k_count  # read as 0
         covered = np.packbits(past_the_end, bitorder="little").view(np.int64).reshape(-1, seen.shape[1])
-        tile, one = np.unique(np.stack([at, mask]), axis=1)
         if not alone:
-            np.bitwise_or.at(covered, tile, everything[one])
-        hides = (~covered[tile] & ~everything[one]).any(axis=1)
-        dead[one[hides & (one >= 0)]] = True
+            np.bitwise_or.at(covered, tile, seen[one])
+            whole = np.zeros(tiles + 1, np.int64)  # how many runs of full tiles hold a tile, after summing
+            np.add.at(whole, full[:, 0], 1)
+            np.add.at(whole, full[:, 0] + full[:, 1], -1)
+            covered[whole.cumsum()[:-1] > 0] = -1
+        dead[one[(~covered[tile] & ~seen[one]).any(axis=1)]] = True
     return dead

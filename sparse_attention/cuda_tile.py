@@ -3,57 +3,70 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
 from sparse_attention import _build_cuda, cuda_blocks, cuda_tables
 from sparse_attention.dispatch import Sizes
-from sparse_attention.patterns.base import Pattern
+from sparse_attention.layout import Layout
+from sparse_attention.layout import layout as tiles_of
+from sparse_attention.patterns.base import Pattern, Tile
 
 
-def forward(pattern: Pattern, sizes: Sizes, device: torch.device) -> tuple[Callable, int]:
-    """(q, k, v, scale) -> (out, lse), and how many bytes it keeps."""
+class Ready(NamedTuple):
+    """forward: (q, k, v, scale) -> (out, lse), or with a `block_mask` to read. layout, filter: what it launches. nbytes: of its tables."""
+
+    forward: Callable
+    layout: object
+    filter: object
+    nbytes: int
+
+
+def ready(pattern: Pattern, sizes: Sizes, device: torch.device) -> Ready:
+    """The tables of a pattern on the device, and their call."""
     native = _build_cuda.kernels(torch.cuda.get_device_capability(device))
     lengths = sizes.q_len, sizes.kv_len, sizes.heads
     blocks = cuda_blocks.split(pattern, *lengths)
     if blocks is None:
         found = cuda_tables.best_layout(pattern, *lengths, sizes.head_dim, wide=_tier(device) == "sm90")
-        table = _table(native, found, device, sizes, halves=False)
-        return _call(native, table), 2 * found.nbytes
-    found = blocks.layout(*lengths, sizes.head_dim)
-    table = _table(native, found, device, sizes, halves=True)
-    made = native.filter(table, cuda_blocks.mask_of(blocks.blocked, *lengths, device), blocks.blocked.block)
-    return _call(native, table, made), 2 * found.nbytes + made.bits.nbytes + made.order.nbytes
+        layout, made = _layout(native, found, device, sizes), None
+        nbytes = 2 * found.nbytes
+    else:
+        layout = _base(blocks.base, blocks.keys(sizes.head_dim), *lengths, sizes.head_dim, device, _tier(device))
+        made = native.filter(layout, cuda_blocks.mask_of(blocks.blocked, *lengths, device), blocks.blocked.block)
+        nbytes = made.bits.nbytes + made.order.nbytes
+    return Ready(_call(native, layout, made), layout, made, nbytes)
 
 
-def live_forward(blocks: cuda_blocks.Blocks, sizes: Sizes, device: torch.device) -> tuple[Callable, int]:
-    """The same for live blocks: (q, k, v, scale, block_mask) -> (out, lse); the mask is read by each call."""
+def live(blocks: cuda_blocks.Blocks, sizes: Sizes, device: torch.device) -> Ready:
+    """The same for live blocks: each call reads its block mask."""
     native = _build_cuda.kernels(torch.cuda.get_device_capability(device))
-    found, block = blocks.layout(sizes.q_len, sizes.kv_len, sizes.heads, sizes.head_dim), blocks.blocked.block
-    table = _table(native, found, device, sizes, halves=True)
+    lengths, block = (sizes.q_len, sizes.kv_len, sizes.heads), blocks.blocked.block
+    layout = _base(blocks.base, blocks.keys(sizes.head_dim), *lengths, sizes.head_dim, device, _tier(device))
 
     def run(q, k, v, scale, block_mask):
         mask = block_mask if block_mask.ndim == 3 else block_mask.unsqueeze(0)
-        return _call(native, table, native.filter(table, mask, block))(q, k, v, scale)
+        return _call(native, layout, native.filter(layout, mask, block))(q, k, v, scale)
 
-    return run, 2 * found.nbytes
-
-
-def filtered(blocks: cuda_blocks.Blocks, sizes: Sizes, device: torch.device) -> tuple:
-    """The filter of a block pattern, made anew, and the items that it orders: int32 [items, 12]."""
-    native = _build_cuda.kernels(torch.cuda.get_device_capability(device))
-    lengths = sizes.q_len, sizes.kv_len, sizes.heads
-    found = blocks.layout(*lengths, sizes.head_dim)
-    (part,) = cuda_tables.tables(found, device, _processors(native, device, sizes), halves=True)
-    table = native.Layout([native.Part(*part)], sizes.heads, sizes.q_len, sizes.kv_len, found.tile_k, int(_tier(device)[2:]))
-    return native.filter(table, cuda_blocks.mask_of(blocks.blocked, *lengths, device), blocks.blocked.block), part.work
+    return Ready(run, layout, None, 0)
 
 
 def backward(*_):
     raise NotImplementedError("the sparse engines have no gradient on CUDA yet; use impl='dense'")
 
 
-def _table(native, found, device, sizes, halves):
+@lru_cache(maxsize=32)
+def _base(base: Pattern, keys: int, q_len: int, kv_len: int, heads: int, head_dim: int, device: torch.device, tier: str):
+    """What block masks filter; `tier` because it may change while the process runs."""
+    sizes = Sizes(1, heads, heads, q_len, kv_len, head_dim, torch.bfloat16, "cuda")
+    native = _build_cuda.kernels(torch.cuda.get_device_capability(device))
+    found = tiles_of(base, q_len, kv_len, heads, Tile(cuda_tables.QUERIES, keys))
+    return _layout(native, found, device, sizes, halves=True)
+
+
+def _layout(native, found: Layout, device: torch.device, sizes: Sizes, halves: bool = False):
     parts = [native.Part(*part) for part in cuda_tables.tables(found, device, _processors(native, device, sizes), halves)]
     return native.Layout(parts, sizes.heads, sizes.q_len, sizes.kv_len, found.tile_k, int(_tier(device)[2:]))
 
@@ -71,12 +84,12 @@ def _processors(native, device: torch.device, sizes: Sizes) -> int:
     return each * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _call(native, table, filter=None):
+def _call(native, layout, filter=None):
     launch = native.tile_forward
 
     def run(q, k, v, scale):
         if scale <= 0:  # the softmax looks for the largest product
             q, scale = (q * 0, 1.0) if scale == 0 else (-q, -scale)
-        return launch(q, k, v, table, scale, filter)
+        return launch(q, k, v, layout, scale, filter)
 
     return run

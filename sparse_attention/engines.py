@@ -23,6 +23,7 @@ class Engine(NamedTuple):
 
     forward(q, k, v, scale) -> (out, lse), without gradients. backward(dout, dlse or None, q, k, v, out, lse, scale) ->
     (dq, dk, dv). attend(q, k, v, scale) -> out, differentiable by PyTorch; None if there is no such way. nbytes: of its tables.
+    launches: the (layout, filter) of the CUDA tile engine, for `quick`.
     """
 
     plan: Plan
@@ -31,6 +32,7 @@ class Engine(NamedTuple):
     backward: Callable
     attend: Callable | None = None
     nbytes: int = 0
+    launches: tuple | None = None
 
 
 def _tile(plan: Plan, scale: float, device: torch.device) -> Engine:
@@ -53,8 +55,8 @@ def _tile(plan: Plan, scale: float, device: torch.device) -> Engine:
 
 
 def _cuda_tile(plan: Plan, scale: float, device: torch.device) -> Engine:
-    forward, nbytes = cuda_tile.forward(plan.pattern, plan.sizes, device)
-    return Engine(plan, scale, forward, cuda_tile.backward, nbytes=nbytes)
+    made = cuda_tile.ready(plan.pattern, plan.sizes, device)
+    return Engine(plan, scale, made.forward, cuda_tile.backward, nbytes=made.nbytes, launches=(made.layout, made.filter))
 
 
 def _gather(plan: Plan, scale: float, device: torch.device) -> Engine:
@@ -109,7 +111,7 @@ def _reference(plan: Plan, scale: float, device: torch.device) -> Engine:
 
 
 _MAKERS = {"tile": _tile, "gather": _gather, "dense": _dense, "reference": _reference}
-_engines: dict[tuple, Engine] = {}
+_engines: dict = {}  # calls by what tells them apart; the quick ones by the id of their pattern, which they keep
 _MOST_CALLS, _MOST_BYTES = 512, 1 << 30
 
 
@@ -123,7 +125,15 @@ def engine(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, impl: str) -> Engi
             return _live(q, k, v, pattern, impl)
         plan = plan_of(pattern, Sizes.of(q, k), impl)
         found = _kept(key, _MAKERS[plan.impl](plan, plan.sizes.head_dim**-0.5, q.device))
+        if found.launches:
+            calls = _engines.setdefault(id(pattern), _build_cuda.kernels(torch.cuda.get_device_capability(q.device)).Calls(pattern))
+            calls.add(q, k, v, impl, *found.launches, found.scale)
     return found
+
+
+def quick(pattern: Pattern):
+    """The calls of this very pattern object that `attention` may make without a look at anything else; None where there are none."""
+    return _engines.get(id(pattern))
 
 
 def _like(q: Tensor, k: Tensor, v: Tensor) -> tuple:
@@ -152,6 +162,6 @@ def _live(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, impl: str) -> Engin
     made = _engines.get(key)
     if made is None:
         plan = Plan(pattern, sizes, "tile", "its block mask is read on the device", {})
-        forward, nbytes = cuda_tile.live_forward(blocks, sizes, q.device)
-        made = _kept(key, Engine(plan, sizes.head_dim**-0.5, forward, cuda_tile.backward, nbytes=nbytes))
+        forward = cuda_tile.live(blocks, sizes, q.device).forward
+        made = _kept(key, Engine(plan, sizes.head_dim**-0.5, forward, cuda_tile.backward))
     return made._replace(forward=partial(made.forward, block_mask=mask))

@@ -1,8 +1,22 @@
-"""Inputs on a CUDA device, and what their attention is in float64."""
+"""Inputs on a CUDA device, what their attention is in float64, and the tiers of the tile engine."""
 
 from __future__ import annotations
 
+import pytest
 import torch
+
+from sparse_attention import _build_cuda
+
+
+@pytest.fixture(params=_build_cuda.TIERS, autouse=True)
+def tier(request, monkeypatch):
+    """Every test of a file that imports this runs once for each tier of the tile engine."""
+    possible = _build_cuda.tiers(torch.cuda.get_device_capability())
+    if request.param not in possible:
+        pytest.skip(f"the tier {request.param} is not for this device, which runs {', '.join(possible)}")
+    monkeypatch.setenv("SPARSE_ATTENTION_CUDA", request.param)
+    monkeypatch.setattr("sparse_attention.engines._engines", {})
+    return request.param
 
 
 def tensors(batch, heads, kv_heads, q_len, kv_len, head_dim, dtype=torch.bfloat16, seed=0):

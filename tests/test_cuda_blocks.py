@@ -6,8 +6,10 @@ import pytest
 import torch
 
 import sparse_attention as sa
-from sparse_attention import cuda_blocks, cuda_tables
-from tests.cuda_calls import assert_accurate, tensors
+from sparse_attention import _build_cuda, cuda_blocks, cuda_tables
+from sparse_attention.layout import layout
+from sparse_attention.patterns.base import Tile
+from tests.cuda_calls import assert_accurate, tensors, tier  # noqa: F401
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
@@ -74,7 +76,8 @@ def test_a_graph_replays_with_another_mask():
 def test_no_wait_for_the_device():
     q, k, v = tensors(1, 4, 4, 2048, 2048, 64)
     mask = random_mask(64, 2048, 2048, 4)
-    sa.attention(q, k, v, sa.LiveBlocks(mask, 64))
+    for pattern in (sa.LiveBlocks(mask, 64), sa.LiveBlocks(mask, 64) & sa.Causal()):
+        sa.attention(q, k, v, pattern)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(3):
@@ -95,15 +98,13 @@ def test_a_graph_cannot_hold_what_the_host_reads():
 @pytest.mark.parametrize("heads, blocks, density", ((32, 1024, 0.1), (5, 300, 0.5), (2, 77, 1.0), (130, 32, 0.2)))
 def test_bits_and_order(heads, blocks, density):
     """The packed mask is the mask; the order holds each item once, outliers first, then few heads at a time by length."""
-    from sparse_attention import cuda_tile
-    from sparse_attention.dispatch import Sizes
-
     length = 64 * blocks
-    sizes = Sizes(1, heads, heads, length, length, 64, torch.bfloat16, "cuda")
     mask = random_mask(64, length, length, heads, density)
     mask[0, :2] = True
     taken = cuda_blocks.split(sa.LiveBlocks(mask, 64) & sa.Causal(), length, length, heads)
-    made, items = cuda_tile.filtered(taken, sizes, mask.device)
+    (part,) = cuda_tables.tables(layout(taken.base, length, length, heads, Tile(cuda_tables.QUERIES, 64)), mask.device, 132, halves=True)
+    native, items = _build_cuda.kernels(torch.cuda.get_device_capability()), part.work
+    made = native.filter(native.Layout([native.Part(*part)], heads, length, length, 64, 80), mask, 64)
     bits = (made.bits.unsqueeze(-1) >> torch.arange(64, device="cuda") & 1).bool().flatten(2)[..., :blocks]
     assert torch.equal(bits[:, :blocks], mask)
     order = made.order.long()

@@ -147,7 +147,7 @@ def test_a_block_mask_filters_tiles(block, base, lengths):
         pattern = BlockSparse(mask, block) if base is None else BlockSparse(mask, block) & base
         blocks = cuda_blocks.split(pattern, q_len, kv_len, heads)
         for head_dim in (128, 192):
-            found = blocks.layout(q_len, kv_len, heads, head_dim)
+            found = layout(blocks.base, q_len, kv_len, heads, Tile(cuda_tables.QUERIES, blocks.keys(head_dim)))
             (part,) = cuda_tables.tables(found, torch.device("cpu"), 8, halves=True)
             packed = block_rows(cuda_blocks.mask_of(blocks.blocked, q_len, kv_len, heads, "cpu"), block, found.tile_k, q_len, kv_len, heads)
             pairs, _ = read(found, [part], q_len, kv_len, heads, packed)

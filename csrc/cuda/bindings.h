@@ -4,6 +4,8 @@
 
 namespace sparse_attention::bindings {
 
+void bind_blocks(pybind11::module_& m);
+void bind_calls(pybind11::module_& m);
 void bind_tile(pybind11::module_& m);
 void bind_gather(pybind11::module_& m);
 

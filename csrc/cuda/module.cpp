@@ -3,5 +3,7 @@
 
 PYBIND11_MODULE(_kernels, m) {
   sparse_attention::bindings::bind_tile(m);
+  sparse_attention::bindings::bind_blocks(m);
+  sparse_attention::bindings::bind_calls(m);
   sparse_attention::bindings::bind_gather(m);
 }

@@ -46,10 +46,19 @@ struct Tables {
   int32_t bit_heads, bit_rows, bit_words, bit_masks;
 };
 
+// The sm90 tier's tensor maps of the last call of a launch: the next one of equal sizes and strides changes their addresses only. Not
+// for two threads at a time.
+struct KeptMaps {
+  Strided like[4]{};
+  int32_t sizes[5]{};  // batch, kv_heads, head_dim, dtype; the last is 1 once there is anything
+  alignas(64) unsigned char maps[8 * 128];
+};
+
 struct Forward {
   Strided q, k, v, out;
   float* partial;  // [batch, heads, q_len, head_dim] where the layout has several parts
-  float* lse;      // [batch, heads, q_len]
+  float* lse;      // [batch, heads, q_len]; may be null where it has one part, on sm90
+  KeptMaps* kept;  // or null
   Tables tables;
   int32_t batch, heads, kv_heads, q_len, kv_len, head_dim, stride, keys;  // keys: of a tile
   Merge merge;

@@ -34,7 +34,8 @@ class Walk {
  public:
   int tile, mark;
 
-  __device__ __forceinline__ Walk(const Tables& t, const Work& w) : t(t), run(t.runs + t.row_start[w.row]), end(t.runs + t.row_start[w.row + 1]) {
+  Walk() = default;
+  __device__ __forceinline__ Walk(const Tables& t, const Work& w) : t(&t), run(t.runs + t.row_start[w.row]), end(t.runs + t.row_start[w.row + 1]) {
     if (t.bits) bits = t.bits + (int64_t{w.head % t.bit_heads} * t.bit_rows + 2 * w.tile) * t.bit_words;
     find();
   }
@@ -59,7 +60,7 @@ class Walk {
   }
 
  private:
-  const Tables& t;
+  const Tables* t;
   const Run *run, *end;
   const uint64_t* bits = nullptr;  // of the upper 64 queries; those of the lower ones follow
   int within = 0;                  // of the run
@@ -75,14 +76,14 @@ class Walk {
       }
       while (within < now.count) {
         const int at = now.first + within, word = at / 64, shift = at % 64;
-        const uint64_t upper = bits[word] >> shift, lower = bits[t.bit_words + word] >> shift;
+        const uint64_t upper = bits[word] >> shift, lower = bits[t->bit_words + word] >> shift;
         const int skip = __ffsll(upper | lower) - 1;  // -1: none left in this word
         within += skip < 0 ? 64 - shift : skip;
         if (skip < 0 || within >= now.count) continue;
         const int half = !(lower >> skip & 1) ? 1 : !(upper >> skip & 1) ? 2 : 0;
         const int mask = now.mask & kFull;
         next_tile = now.first + within++;
-        next_mark = t.marks[half * (t.bit_masks + 1) + (mask == kFull ? t.bit_masks : mask)];
+        next_mark = t->marks[half * (t->bit_masks + 1) + (mask == kFull ? t->bit_masks : mask)];
         return;
       }
     }

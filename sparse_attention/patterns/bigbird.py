@@ -106,7 +106,7 @@ def _within(row, column, start, stop):
 @lru_cache(maxsize=256)
 def _table(bigbird: BigBird, head: int, blocks: int) -> tuple[np.ndarray, np.ndarray]:
     """The block columns [start, stop) that each block row sees, ascending: two int64 arrays `[blocks, n]`; empty ranges are (0, 0)."""
-    start, stop = (side[0] for side in block_ranges(bigbird, range(head, head + 1), blocks))
+    start, stop = (side[0].numpy() for side in block_ranges(bigbird, range(head, head + 1), blocks))
     group, start, stop = Spans(np.repeat(np.arange(blocks), start.shape[1]), start.ravel(), stop.ravel()).merged()
     counts = np.bincount(group, minlength=blocks)
     place = np.arange(group.size) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -115,35 +115,35 @@ def _table(bigbird: BigBird, head: int, blocks: int) -> tuple[np.ndarray, np.nda
     return table[0], table[1]
 
 
-def block_ranges(bigbird: BigBird, heads: range, blocks: int) -> tuple[np.ndarray, np.ndarray]:
-    """Block columns [start, stop) whose union each block row of some heads sees: two int64 arrays `[heads, blocks, n]`."""
-    row = np.arange(blocks)
+def block_ranges(
+    bigbird: BigBird, heads: range, blocks: int, device: torch.device | str = "cpu"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Block columns [start, stop) whose union each block row of some heads sees: two int64 tensors `[heads, blocks, n]`."""
+    row = torch.arange(blocks, device=device)
     half = bigbird.window // 2
-    low, high = np.maximum(row - half, bigbird.globals), np.minimum(row + half + 1, blocks)
+    low, high = (row - half).clamp(min=bigbird.globals), (row + half + 1).clamp(max=blocks)
     globals_ = min(bigbird.globals, blocks)
-    window = np.maximum(high - low, 0)
+    window = (high - low).clamp(min=0)
     drawn = _draw(bigbird.seed, heads, blocks - globals_ - window, min(bigbird.random, blocks))
-    chosen = drawn >= 0
     # Drawn numbers count the blocks that are neither global nor in the window.
     column = drawn + globals_
-    column = np.where((column >= low[:, None]) & (window > 0)[:, None], column + window[:, None], column)
-    start, stop = np.zeros((2, len(heads), blocks, 2 + drawn.shape[2]), dtype=np.int64)
+    column += torch.where((column >= low[:, None]) & (window > 0)[:, None], window[:, None], 0)
+    start, stop = torch.zeros(2, len(heads), blocks, 2 + drawn.shape[2], dtype=torch.int64, device=device)
     stop[:, :, 0] = globals_
-    start[:, :, 1], stop[:, :, 1] = low, np.maximum(high, low)
-    start[:, :, 2:], stop[:, :, 2:] = np.where(chosen, column, 0), np.where(chosen, column + 1, 0)
+    start[:, :, 1], stop[:, :, 1] = low, torch.maximum(high, low)
+    start[:, :, 2:], stop[:, :, 2:] = torch.where(drawn >= 0, column, 0), torch.where(drawn >= 0, column + 1, 0)
     start[:, :globals_], stop[:, :globals_] = 0, blocks
     return start, stop
 
 
-def _draw(seed: int, heads: range, sizes: np.ndarray, count: int) -> np.ndarray:
+def _draw(seed: int, heads: range, sizes: torch.Tensor, count: int) -> torch.Tensor:
     """`count` distinct numbers below each of `sizes`, -1 past the size: int64 `[heads, len(sizes), count]` (Floyd's sampling)."""
-    tops = sizes - count + np.arange(count)[:, None]  # [count, len(sizes)]
-    bounds = np.maximum(tops, 0) + 1
-    draws = np.stack([np.random.default_rng([seed, head]).random((count, sizes.size)) for head in heads])
-    numbers = (draws * bounds).astype(np.int64)
-    out = np.full((len(heads), sizes.size, count), -1, dtype=np.int64)
+    tops = sizes - count + torch.arange(count, device=sizes.device)[:, None]  # [count, len(sizes)]
+    draws = np.stack([np.random.default_rng([seed, head]).random((count, len(sizes))) for head in heads])
+    numbers = (torch.from_numpy(draws).to(sizes.device) * (tops.clamp(min=0) + 1)).long()
+    out = torch.full((len(heads), len(sizes), count), -1, device=sizes.device)
     for n in range(count):
-        taken = (out == numbers[:, n, :, None]).any(axis=2)
-        drawn = np.where(taken, tops[n], numbers[:, n])
-        out[:, :, n] = np.where(sizes >= count, drawn, np.where(n < sizes, n, -1))
+        taken = (out == numbers[:, n, :, None]).any(2)
+        drawn = torch.where(taken, tops[n], numbers[:, n])
+        out[:, :, n] = torch.where(sizes >= count, drawn, torch.where(n < sizes, n, -1))
     return out

@@ -15,7 +15,7 @@ struct Maps {
 struct Params {
   Tables tables;
   float* partial;  // [batch, heads, q_len, head_dim], the output so far where parts merge
-  float* lse;      // [batch, heads, q_len]
+  float* lse;      // [batch, heads, q_len]; may be null where parts do not merge
   int32_t heads, group, q_len, head_dim;
   float scale_log2;
 };
@@ -331,7 +331,7 @@ struct Consumer {
       keep[r] = nothing ? 0 : 1 / sum[r];
       float lse = nothing ? -INFINITY : (most[r] * p.scale_log2 + __log2f(sum[r])) * 0.6931471805599453f;
       const int step = first + 8 * r;
-      if (step < w.q_count) {
+      if (step < w.q_count && p.lse) {
         float* place = p.lse + (int64_t{batch} * p.heads + w.head) * p.q_len + w.q_first + int64_t{w.stride} * step;
         if constexpr (reads_partial(kMerge)) {
           const float before = *place, top = fmaxf(lse, before);

@@ -4,21 +4,28 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 
 #include "forward.cuh"
 
 namespace sparse_attention::sm90 {
 namespace {
 
-using Encode = decltype(&cuTensorMapEncodeTiled);
+template <class Function>
+Function driver(const char* name) {
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult status;
+  cudaGetDriverEntryPointByVersion(name, &function, 12000, cudaEnableDefault, &status);
+  return reinterpret_cast<Function>(function);
+}
 
-Encode encoder() {
-  static const Encode found = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult status;
-    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &status);
-    return reinterpret_cast<Encode>(function);
-  }();
+auto encoder() {
+  static const auto found = driver<decltype(&cuTensorMapEncodeTiled)>("cuTensorMapEncodeTiled");
+  return found;
+}
+
+auto replacer() {
+  static const auto found = driver<decltype(&cuTensorMapReplaceAddress)>("cuTensorMapReplaceAddress");
   return found;
 }
 
@@ -55,6 +62,39 @@ bool encode_all(Maps& maps, const Forward& f) {
     }
   }
   return good;
+}
+
+bool equal(const Strided& a, const Strided& b) { return a.batch == b.batch && a.head == b.head && a.row == b.row; }
+
+// The maps of a call: those of the last one like it, at other addresses, or new ones.
+template <typename T>
+bool make_maps(Maps& maps, const Forward& f) {
+  static_assert(sizeof(Maps) == sizeof(KeptMaps::maps));
+  const Strided like[4] = {f.q, f.k, f.v, f.out};
+  const int32_t sizes[5] = {f.batch, f.kv_heads, f.head_dim, IsHalf<T>::value, 1};
+  KeptMaps* const kept = f.kept;
+  if (kept && replacer() && std::equal(sizes, sizes + 5, kept->sizes) && std::equal(like, like + 4, kept->like, equal)) {
+    std::memcpy(&maps, kept->maps, sizeof maps);
+    bool good = true;
+    for (const bool longer : {false, true}) {
+      if (!longer || f.q_len % f.stride) {
+        good &= replacer()(&maps.q[longer], f.q.data) == CUDA_SUCCESS;
+        if (!writes_partial(f.merge)) good &= replacer()(&maps.out[longer], f.out.data) == CUDA_SUCCESS;
+      }
+      if (!longer || f.kv_len % f.stride) {
+        good &= replacer()(&maps.k[longer], f.k.data) == CUDA_SUCCESS;
+        good &= replacer()(&maps.v[longer], f.v.data) == CUDA_SUCCESS;
+      }
+    }
+    return good;
+  }
+  if (!encode_all<T>(maps, f)) return false;
+  if (kept) {
+    std::memcpy(kept->maps, &maps, sizeof maps);
+    std::copy(like, like + 4, kept->like);
+    std::copy(sizes, sizes + 5, kept->sizes);
+  }
+  return true;
 }
 
 // Lets a kernel have so much shared memory, once for each device.
@@ -99,7 +139,7 @@ template <typename T>
 int launch_forward(const Forward& f, cudaStream_t stream) {
   if (!encoder()) return cudaErrorNotSupported;
   Maps maps;
-  if (!encode_all<T>(maps, f)) return cudaErrorInvalidValue;
+  if (!make_maps<T>(maps, f)) return cudaErrorInvalidValue;
   const Params p{f.tables, f.partial, f.lse, f.heads, f.heads / f.kv_heads, f.q_len, f.head_dim, f.scale * 1.4426950408889634f};
   if (f.keys == 128 && f.head_dim <= 64) return launch_shape<Shape<64, 128, 4>, T>(f, maps, p, stream);
   if (f.keys == 128 && f.head_dim <= 128) return launch_shape<Shape<128, 128, 2>, T>(f, maps, p, stream);
