@@ -111,11 +111,19 @@ def draw_tiles() -> None:
 
 
 def draw_power() -> None:
-    """How often the gate of pull requests finds a slowdown: the measured rates of perf/proofs, with their intervals."""
-    figure, axes = plt.subplots(figsize=(7, 3.2), constrained_layout=True)
+    """How often the gate of pull requests finds a slowdown: the measured rates of perf/proofs, a panel for each machine class."""
+    proofs = FOLDER.parents[1] / "perf/proofs"
+    folders = sorted({path.parent for path in proofs.glob("*/proof-two-stage-2*.json")})
+    figure, panels = plt.subplots(len(folders), figsize=(7, 3.2 * len(folders)), constrained_layout=True, squeeze=False)
+    for folder, axes in zip(folders, panels[:, 0]):
+        _draw_power(folder, axes)
+    figure.savefig(FOLDER / "power.png", dpi=160, transparent=True)
+    plt.close(figure)
+
+
+def _draw_power(folder: Path, axes) -> None:
     for name, style in (("two-stage", "--"), ("two-stage-0.01", "-")):
-        path = max((FOLDER.parents[1] / "perf/proofs").glob(f"*/proof-{name}-2*.json"))
-        stored = Power.load(path)
+        stored = Power.load(max(folder.glob(f"proof-{name}-2*.json")))
         for colour, (case, points) in zip(("C0", "C1"), stored.curves().items()):
             points = [point for point in points if point.slowdown <= 0.1]
             x, y, low, high = ([100 * getattr(p, key) for p in points] for key in ("slowdown", "share", "low", "high"))
@@ -124,9 +132,7 @@ def draw_power() -> None:
     _label(axes, "share of the tiles repeated, %", "gates that say FAIL, %", range(0, 11, 2), ())
     axes.yaxis.set_ticks(range(0, 101, 25))
     axes.yaxis.set_ticks((), minor=True)
-    axes.legend(frameon=False, labelcolor=TEXT, fontsize=8, loc="lower right")
-    figure.savefig(FOLDER / "power.png", dpi=160, transparent=True)
-    plt.close(figure)
+    axes.legend(frameon=False, labelcolor=TEXT, fontsize=8, loc="lower right", title=stored.machine["class"], title_fontsize=8)
 
 
 def _bits(mask: torch.Tensor) -> np.ndarray:

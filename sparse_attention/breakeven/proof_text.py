@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -109,13 +110,16 @@ def _power(proof: Proof) -> str:
 def _method(proof: Proof) -> str:
     runs = max((r.runs for orders in proof.alarms.values() for rates in orders.values() for r in rates.values()), default=0)
     needed = {gate: blocks_needed(policy) for gate, policy in POLICIES.items()}
-    judges = ", ".join(f"{gate} judges {n}" for gate, n in needed.items())
+    fewest = min(s.blocks for s in proof.sessions)
+    judges = ", ".join(f"{gate} judges {n} and leaves {fewest - n} or more" for gate, n in needed.items())
+    unbounded = [gate for gate, n in needed.items() if fewest - math.ceil(fewest / 10) < n + 2]
+    bounds = f" Of {', '.join(unbounded)} too few blocks are left for that: bounds are 0 and 100 %." if unbounded else ""
     return (
         f"Every block is a fresh process. Each rate is of {runs} gates drawn from the blocks above: *shuffled* over the session, "
         "or *in order*, as a real gate's; the floor is the mean speedup of the blocks that the gate does not judge "
         f"({judges}), and is uncertain itself, which adds alarms. *Repeated* gates draw with replacement and have the mean of all "
         "blocks for their floor. Bounds are the wider of Clopper and Pearson's for that many gates and two standard errors by "
-        "leaving out a tenth of the session at a time. Suites take the cases above in turn."
+        f"leaving out a tenth of the session at a time.{bounds} Suites take the cases above in turn."
     )
 
 
