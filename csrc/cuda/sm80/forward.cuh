@@ -2,7 +2,7 @@
 // lists. Keys arrive while the weights of the step before are multiplied, values while the scores are.
 #pragma once
 #include "ptx.h"
-#include "steps.cuh"
+#include "stretches.cuh"
 
 namespace sparse_attention::sm80 {
 
@@ -25,8 +25,8 @@ struct alignas(128) Shared {
   uint8_t v[S::kKeys * S::kPitch];
   uint64_t mask[kTileQueries];
   Item items[2];
-  Step step[2];
-  Steps<S::kKeys> steps;
+  Stretch stretch[2];
+  Stretches<S::kKeys> stretches;
 };
 
 // Where 8 columns of a row lie. Eight rows of the same columns are in eight different quarters of the banks.
@@ -68,33 +68,45 @@ struct Consumer {
 
   __device__ __forceinline__ void run() {
     if (threadIdx.x == 0) {
-      shared.steps.begin();
-      shared.steps.next(p, shared.step[0], shared.items);
+      Stretches<S::kKeys> first;
+      first.next(p, shared.stretch[0], shared.items);
+      shared.stretches = first;
     }
     __syncthreads();
-    if (shared.step[0].item < 0) return;
-    copy_queries_and_keys(shared.step[0]);
+    if (shared.stretch[0].item < 0) return;
+    copy_queries_and_keys(shared.stretch[0]);
     clear();
-    for (int n = 0;; n ^= 1) {
-      const Step &step = shared.step[n], &following = shared.step[n ^ 1];
+    for (uint32_t at = 0;;) {  // twice the step of the stretch, plus which stretch: one register
+      const int t = at / 2;
+      const Stretch &now = shared.stretch[at % 2], &following = shared.stretch[at % 2 ^ 1];
       arrived();  // keys; all are done with the values of the step before
-      copy_values(step);
-      if (threadIdx.x == 0) shared.steps.next(p, shared.step[n ^ 1], shared.items);
+      copy_values(now, t);
+      if (t == 0 && threadIdx.x == 0) move_on(shared.stretch[at % 2 ^ 1]);
       copies_commit();
       float s[kBlocks][S::kKeys / 8][4];
       score(s);
-      arrived();  // values; all are done with the keys, and the next step is known
-      const bool more = following.item >= 0;
-      if (more) copy_queries_and_keys(following);
-      if (step.mask != kFull) hide(s, step);
+      arrived();  // values; all are done with the keys, and the next stretch is known
+      const bool ends = t + 1 == now.steps;
+      if (!ends) copy_keys(now, t + 1);
+      else if (following.item >= 0) copy_queries_and_keys(following);
+      if (now.mask != kFull) hide(s, now, t);
       soften(s);
       weigh(s);
-      if (step.last) {
-        finish(shared.items[step.item]);
-        if (!more) return;
+      at += 2;
+      if (!ends) continue;
+      if (now.last) {
+        finish(shared.items[now.item]);
+        if (following.item < 0) return;
         clear();
       }
+      at = at % 2 ^ 1;
     }
+  }
+
+  __device__ __forceinline__ void move_on(Stretch& following) {
+    Stretches<S::kKeys> stretches = shared.stretches;
+    stretches.next(p, following, shared.items);
+    shared.stretches = stretches;
   }
 
   __device__ __forceinline__ void arrived() {
@@ -102,28 +114,39 @@ struct Consumer {
     __syncthreads();
   }
 
-  __device__ __forceinline__ void copy_queries_and_keys(const Step& step) {
-    const Item& x = shared.items[step.item];
-    if (step.first) copy_rows<S, kTileQueries>(shared.q, x.q, x.q_pitch, x.queries, p.head_dim);
-    copy_rows<S, S::kKeys>(shared.k, x.k + step.key * x.k_pitch, x.k_pitch, step.keys, p.head_dim);
+  __device__ __forceinline__ void copy_queries_and_keys(const Stretch& x) {
+    const Item& item = shared.items[x.item];
+    if (x.first) copy_rows<S, kTileQueries>(shared.q, item.q, item.q_pitch, item.queries, p.head_dim);
+    copy_keys(x, 0);
+  }
+
+  __device__ __forceinline__ void copy_keys(const Stretch& x, int t) {
+    const Item& item = shared.items[x.item];
+    const int key = x.key + S::kKeys * t;
+    copy_rows<S, S::kKeys>(shared.k, item.k + key * item.k_pitch, item.k_pitch, item.keys - key, p.head_dim);
     copies_commit();
   }
 
   // Values that no query sees become 0: their weight is 0, but they may be NaN.
-  __device__ __forceinline__ void copy_values(const Step& step) {
-    const Item& x = shared.items[step.item];
-    if (step.mask != kFull && step.mask != kNothing) {
-      const int words = p.keys / 64, word = step.part * S::kKeys / 64;
+  __device__ __forceinline__ void copy_values(const Stretch& x, int t) {
+    const Item& item = shared.items[x.item];
+    const int key = x.key + S::kKeys * t;
+    const uint8_t* from = item.v + key * item.v_pitch;
+    if (x.mask != kFull && x.mask != kNothing) {
+      const int words = p.keys / 64, word = first_bit(t) / 64;
       for (int row = threadIdx.x; row < kTileQueries; row += S::kThreads)
-        copy_few<8>(&shared.mask[row], p.tables.masks + (int64_t{step.mask} * kTileQueries + row) * words + word);
-      if (step.dead) {
-        const uint64_t skip = p.tables.dead[int64_t{step.mask} * words + word] >> (step.part * S::kKeys % 64);
-        copy_rows<S, S::kKeys>(shared.v, x.v + step.key * x.v_pitch, x.v_pitch, step.keys, p.head_dim, skip);
+        copy_few<8>(&shared.mask[row], p.tables.masks + (int64_t{x.mask} * kTileQueries + row) * words + word);
+      if (x.dead) {
+        const uint64_t skip = p.tables.dead[int64_t{x.mask} * words + word] >> (first_bit(t) % 64);
+        copy_rows<S, S::kKeys>(shared.v, from, item.v_pitch, item.keys - key, p.head_dim, skip);
         return;
       }
     }
-    copy_rows<S, S::kKeys>(shared.v, x.v + step.key * x.v_pitch, x.v_pitch, step.keys, p.head_dim);
+    copy_rows<S, S::kKeys>(shared.v, from, item.v_pitch, item.keys - key, p.head_dim);
   }
+
+  // Which bit of a mask's rows is a step's first key: a tile may be several steps.
+  __device__ __forceinline__ int first_bit(int t) const { return t * S::kKeys & (p.keys - 1); }
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
@@ -165,13 +188,13 @@ struct Consumer {
     }
   }
 
-  __device__ __forceinline__ void hide(float (&s)[kBlocks][S::kKeys / 8][4], const Step& step) {
+  __device__ __forceinline__ void hide(float (&s)[kBlocks][S::kKeys / 8][4], const Stretch& x, int t) {
 #pragma unroll
     for (int m = 0; m < kBlocks; ++m)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        uint64_t bits = shared.mask[(warp * kBlocks + m) * 16 + 8 * r + lane / 4] >> (step.part * S::kKeys % 64 + lane % 4 * 2);
-        if (step.mask == kNothing) bits = 0;
+        uint64_t bits = shared.mask[(warp * kBlocks + m) * 16 + 8 * r + lane / 4] >> (first_bit(t) % 64 + lane % 4 * 2);
+        if (x.mask == kNothing) bits = 0;
         const uint32_t half[2] = {static_cast<uint32_t>(bits), static_cast<uint32_t>(bits >> 32)};
 #pragma unroll
         for (int j = 0; j < S::kKeys / 8; ++j)
@@ -255,8 +278,18 @@ struct Consumer {
     }
   }
 
-  // Divide by the sum, merge with an earlier part, write.
   __device__ __forceinline__ void finish(const Item& x) {
+    switch (p.merge) {
+      case kAlone: return finish_as<kAlone>(x);
+      case kFirstPart: return finish_as<kFirstPart>(x);
+      case kMiddlePart: return finish_as<kMiddlePart>(x);
+      default: return finish_as<kLastPart>(x);
+    }
+  }
+
+  // Divide by the sum, merge with an earlier part, write.
+  template <Merge kMerge>
+  __device__ __forceinline__ void finish_as(const Item& x) {
 #pragma unroll
     for (int m = 0; m < kBlocks; ++m)
 #pragma unroll
@@ -269,7 +302,7 @@ struct Consumer {
         all += __shfl_xor_sync(~0u, all, 2);
         float keep = all == 0 ? 0 : 1 / all, earlier = 0;
         float lse = all == 0 ? -INFINITY : (most[m][r] * p.scale_log2 + __log2f(all)) * 0.6931471805599453f;
-        if (reads_partial(p.merge)) {
+        if constexpr (reads_partial(kMerge)) {
           const float before = real ? p.lse[query] : -INFINITY, top = fmaxf(lse, before);
           if (top != -INFINITY) {
             const float mine = __expf(lse - top), theirs = __expf(before - top);
@@ -283,11 +316,12 @@ struct Consumer {
         float* partial = p.partial + query * p.head_dim;
         uint8_t* target = x.out + row * x.out_pitch;
 #pragma unroll
-        for (int j = 0; j < S::kDim / 8; j += 4) store(m, r, j, keep, earlier, real, partial, target);
+        for (int j = 0; j < S::kDim / 8; j += 4) store<kMerge>(m, r, j, keep, earlier, real, partial, target);
       }
   }
 
   // Columns 8 j to 8 j + 31 of one row, by its four lanes.
+  template <Merge kMerge>
   __device__ __forceinline__ void store(int m, int r, int j, float keep, float earlier, bool real, float* partial, uint8_t* target) {
     uint32_t words[4];
 #pragma unroll
@@ -295,26 +329,31 @@ struct Consumer {
       const int column = 8 * (j + b) + lane % 4 * 2;
       const bool here = real && column < p.head_dim;
       float2 value = {out[m][j + b][2 * r] * keep, out[m][j + b][2 * r + 1] * keep};
-      if (reads_partial(p.merge) && here) {
+      if (reads_partial(kMerge) && here) {
         const float2 before = __ldcs(reinterpret_cast<const float2*>(partial + column));
         value.x = fmaf(before.x, earlier, value.x), value.y = fmaf(before.y, earlier, value.y);
       }
-      if (writes_partial(p.merge) && here) *reinterpret_cast<float2*>(partial + column) = value;
+      if (writes_partial(kMerge) && here) *reinterpret_cast<float2*>(partial + column) = value;
       words[b] = pack<T>(value.x, value.y);
     }
-    if (writes_partial(p.merge)) return;
-    // Lane t has pair t of each of four times 8 columns; it gets all of the t-th.
+    const int columns = j + lane % 4;
+    if constexpr (!writes_partial(kMerge)) {
+      exchange(words);
+      if (real && 8 * columns < p.head_dim) *reinterpret_cast<uint4*>(target + columns * 16) = uint4{words[0], words[1], words[2], words[3]};
+    }
+  }
+
+  // Word b of lane t, of every four, becomes word t of lane b.
+  __device__ __forceinline__ void exchange(uint32_t (&words)[4]) {
 #pragma unroll
-    for (int step = 1; step < 4; step *= 2)
+    for (int far = 1; far < 4; far *= 2)
 #pragma unroll
       for (int b = 0; b < 4; ++b)
-        if (!(b & step)) {
-          const bool upper = lane & step;
-          const uint32_t got = __shfl_xor_sync(~0u, upper ? words[b] : words[b + step], step);
-          (upper ? words[b] : words[b + step]) = got;
+        if (!(b & far)) {
+          const bool upper = lane & far;
+          const uint32_t got = __shfl_xor_sync(~0u, upper ? words[b] : words[b + far], far);
+          (upper ? words[b] : words[b + far]) = got;
         }
-    const int columns = j + lane % 4;
-    if (real && 8 * columns < p.head_dim) *reinterpret_cast<uint4*>(target + columns * 16) = uint4{words[0], words[1], words[2], words[3]};
   }
 };
 

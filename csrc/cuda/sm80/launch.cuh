@@ -18,7 +18,7 @@ cudaError_t prepare() {
 // Calls f(Shape) with the kernel's shape for this head_dim.
 template <class F>
 auto with_shape(int head_dim, F f) {
-  if (head_dim <= 64) return f(Shape<64, 64, 2, 2>());
+  if (head_dim <= 64) return f(Shape<64, 64, 2, 3>());
   if (head_dim <= 128) return f(Shape<128, 64, 2, 2>());
   if (head_dim <= 192) return f(Shape<192, 64, 1, 1>());
   return f(Shape<256, 32, 1, 1>());

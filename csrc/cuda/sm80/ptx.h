@@ -16,15 +16,15 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 
 // 16 bytes; zeros where not `real`, and then nothing is read.
 __device__ __forceinline__ void copy_16(uint32_t to, const void* from, bool real) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(real ? 16 : 0) : "memory");
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(real ? 16 : 0));
 }
 
 template <int kBytes>  // 4 or 8
 __device__ __forceinline__ void copy_few(void* to, const void* from) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(to)), "l"(from), "n"(kBytes) : "memory");
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(to)), "l"(from), "n"(kBytes));
 }
 
-__device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;"); }
 
 template <int kLeft>
 __device__ __forceinline__ void copies_wait() {

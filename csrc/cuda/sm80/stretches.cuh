@@ -1,8 +1,6 @@
-// What a block of the sm80 tier does, step by step: the steps of all its query tiles as one sequence, so that the first keys of a
-// tile are on their way while the tile before it is finished.
+// What a block of the sm80 tier does: the keys of all its query tiles as one sequence, so that the first keys of a tile are on their
+// way while the tile before it is finished.
 #pragma once
-#include <new>
-
 #include "../walk.cuh"
 #include "ptx.h"
 
@@ -27,6 +25,7 @@ struct Item {
   int64_t lse;                    // of its first query
   int32_t queries, keys, stride;  // how many queries, how many keys the tensor has
 
+  Item() = default;
   __device__ __forceinline__ Item(const Params& p, const Work& w, int batch) : stride(w.stride) {
     const int tile_first = kTileQueries * w.tile, k_first = w.k_residue + w.stride * w.k_step, kv_head = w.head / p.group;
     const int64_t q_first = w.q_first + int64_t{w.stride} * tile_first;
@@ -44,59 +43,49 @@ struct Item {
 
 constexpr int kNothing = -1;  // a mask that hides all: the one step of a query tile without keys
 
-// A tile of keys, or a part of one.
-struct Step {
-  int32_t item;            // 0 or 1; -1 after the last step
-  int32_t key, keys;       // the first one; how many the tensor still has
-  int32_t mask, part;      // kFull, kNothing or the number of a mask, and which keys of it
+// Keys one after the other under one mask, kKeys a step.
+struct Stretch {
+  int32_t item;            // 0 or 1; -1 after the last one
+  int32_t key, steps;      // the first key
+  int32_t mask;            // kFull, kNothing or the number of a mask
   bool first, last, dead;  // of its query tile; whether it holds keys that no query sees
 };
 
-// Iterates over the steps of kKeys keys. Lies in shared memory and is moved by one thread.
+// Iterates over the stretches of all query tiles of a block. Lies in shared memory; one thread takes it out to move it.
 template <int kKeys>
-class Steps {
+class Stretches {
  public:
-  __device__ __forceinline__ void begin() { share = Share(), item = 0, alike = 0, last = true; }
+  __device__ __forceinline__ Stretches() : item(0), last(true) {}
 
-  // Writes the next step, and the query tile that it belongs to if it is the first one.
-  __device__ __forceinline__ void next(const Params& p, Step& step, Item (&items)[2]) {
-    Walk& walk = *reinterpret_cast<Walk*>(walk_memory);
-    step.first = last;
+  // Writes the next one, and the query tile that it belongs to if it is the first there.
+  __device__ __forceinline__ void next(const Params& p, Stretch& x, Item (&items)[2]) {
+    x.first = last;
     if (last) {
       if (!share.next(p.tables)) {
-        step.item = -1;
+        x.item = -1;
         return;
       }
-      item ^= 1, part = 0;
+      item ^= 1;
       const Work w = p.tables.work[share.n];
-      new (&items[item]) Item(p, w, share.batch);
-      new (walk_memory) Walk(p.tables, w);
+      items[item] = Item(p, w, share.batch);
+      walk = Walk(p.tables, w);
     }
-    step.item = item;
-    if (last && walk.empty()) {
-      step.key = step.keys = 0, step.mask = kNothing, step.dead = false, step.last = true;
+    x.item = item;
+    if (walk.empty()) {
+      x.key = items[item].keys, x.steps = 1, x.mask = kNothing, x.dead = false, x.last = last = true;
       return;
     }
-    if (part == 0) {
-      if (alike > 0) {
-        --alike, ++tile;
-      } else {
-        walk.step();
-        tile = walk.tile, mark = walk.mark, alike = walk.pass(), over = walk.empty();
-      }
-    }
-    step.key = p.keys * tile + kKeys * part, step.keys = items[item].keys - step.key;
-    step.mask = mark & kFull, step.part = part, step.dead = mark & kDead;
-    if (++part == p.keys / kKeys) part = 0;
-    step.last = last = part == 0 && alike == 0 && over;
+    walk.step();
+    x.key = p.keys * walk.tile, x.mask = walk.mark & kFull, x.dead = walk.mark & kDead;
+    x.steps = (1 + walk.pass()) * (p.keys / kKeys);
+    x.last = last = walk.empty();
   }
 
  private:
   Share share;
-  int32_t item, tile, mark, alike;  // the tile at hand; how many follow it with the same mark
-  int32_t part;                     // the next step's part of it
-  bool over, last;                  // whether nothing follows those; whether the step before was its query tile's last
-  alignas(Walk) uint8_t walk_memory[sizeof(Walk)];
+  int32_t item;
+  bool last;  // whether the stretch before was its query tile's last
+  Walk walk;
 };
 
 }  // namespace sparse_attention::sm80

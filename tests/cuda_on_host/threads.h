@@ -1,0 +1,151 @@
+// The threads of one CUDA block as fibers of one host thread. Warps go ahead in random order from one meeting to the next.
+#pragma once
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <vector>
+
+#define __device__
+#define __host__
+#define __global__
+#define __shared__
+#define __forceinline__ inline
+#define __align__(bytes)
+#define __launch_bounds__(...)
+#define __grid_constant__
+
+using std::max, std::min;
+
+struct float2 {
+  float x, y;
+};
+struct uint4 {
+  uint32_t x, y, z, w;
+};
+struct Index {
+  uint32_t x;
+};
+inline Index threadIdx, blockIdx, gridDim;
+
+namespace host {
+
+// Where `members` threads wait for each other.
+struct Meeting {
+  int arrived = 0, epoch = 0;
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  bool done = false;
+  std::vector<std::function<void()>> copies;  // on their way
+};
+
+struct Block {
+  std::vector<Fiber> fibers;
+  std::vector<Meeting> warps;
+  std::vector<void*> brought;  // by each thread to its warp's meeting
+  Meeting all;
+  ucontext_t scheduler;
+  std::function<void()> body;
+  int meetings = 0;  // so far: progress
+  bool barriers = true;
+};
+inline Block block;
+
+inline Fiber& self() { return block.fibers[threadIdx.x]; }
+
+inline void leave_to_others() { swapcontext(&self().context, &block.scheduler); }
+
+// The last of `members` threads to arrive acts before all go on.
+template <class F>
+void meet(Meeting& at, int members, F act) {
+  const int epoch = at.epoch;
+  ++block.meetings;
+  if (++at.arrived < members) {
+    while (at.epoch == epoch) leave_to_others();
+    return;
+  }
+  act();
+  at.arrived = 0, ++at.epoch;
+}
+
+// Done by a warp at once: act(x) gets what each lane brought, x[lane].
+template <class A, class F>
+void together(A& mine, F act) {
+  const int warp = threadIdx.x / 32;
+  block.brought[threadIdx.x] = &mine;
+  meet(block.warps[warp], 32, [&] { act(reinterpret_cast<A**>(&block.brought[32 * warp])); });
+}
+
+inline void enter() {
+  block.body();
+  self().done = true;
+  leave_to_others();
+}
+
+// Runs body() in every thread of a block. Throws if threads wait for each other forever.
+inline void run_block(int threads, std::mt19937& random, std::function<void()> body) {
+  block.fibers = std::vector<Fiber>(threads);
+  block.warps.assign(threads / 32, {}), block.brought.resize(threads), block.all = {}, block.body = std::move(body);
+  for (Fiber& fiber : block.fibers) {
+    constexpr size_t kStack = 256 * 1024;
+    fiber.stack = std::make_unique_for_overwrite<char[]>(kStack);
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get(), fiber.context.uc_stack.ss_size = kStack;
+    makecontext(&fiber.context, enter, 0);
+  }
+  for (int left = threads, idle = 0; left > 0;) {
+    const int warp = random() % (threads / 32), before = block.meetings, left_before = left;
+    for (uint32_t t = 32 * warp; t < 32u * (warp + 1); ++t) {
+      if (block.fibers[t].done) continue;
+      threadIdx.x = t;
+      swapcontext(&block.scheduler, &block.fibers[t].context);
+      left -= block.fibers[t].done;
+    }
+    idle = block.meetings == before && left == left_before ? idle + 1 : 0;
+    if (idle > 1000) throw std::runtime_error("the threads of a block wait for each other");
+  }
+}
+
+}  // namespace host
+
+inline void __syncthreads() {
+  if (host::block.barriers) host::meet(host::block.all, host::block.fibers.size(), [] {});
+}
+
+inline void __syncwarp() { host::meet(host::block.warps[threadIdx.x / 32], 32, [] {}); }
+
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  struct {
+    T value, got;
+    int mask;
+  } mine{value, value, mask};
+  host::together(mine, [](auto** x) {
+    for (int lane = 0; lane < 32; ++lane) x[lane]->got = x[lane ^ x[lane]->mask]->value;
+  });
+  return mine.got;
+}
+
+inline bool __any_sync(unsigned, bool value) {
+  bool mine = value;
+  host::together(mine, [](bool** x) {
+    const bool any = std::any_of(x, x + 32, [](bool* one) { return *one; });
+    for (int lane = 0; lane < 32; ++lane) *x[lane] = any;
+  });
+  return mine;
+}
+
+inline float __log2f(float x) { return std::log2(x); }
+inline float __logf(float x) { return std::log(x); }
+inline float __expf(float x) { return std::exp(x); }
+inline int __ffsll(uint64_t x) { return __builtin_ffsll(x); }
+inline float2 __ldcs(const float2* from) { return *from; }
