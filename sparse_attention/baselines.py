@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sparse_attention.patterns import Lengths, Pattern
+from sparse_attention import cuda_blocks
+from sparse_attention.patterns import Dense, Lengths, Pattern
 
 Call = Callable[[], torch.Tensor]
 
@@ -61,17 +62,25 @@ def masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern) 
 
 
 def flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern) -> Call:
-    """FlexAttention, compiled, with a block mask that is made once. For patterns that are the same in every head."""
+    """FlexAttention, compiled, with a block mask that is made once. Patterns whose heads differ must be made of blocks."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    lengths, one = Lengths(q.shape[2], k.shape[2]), pattern.for_head(0)
+    lengths, heads, one = Lengths(q.shape[2], k.shape[2]), q.shape[1], pattern.for_head(0)
+    alike = all(pattern.for_head(head) == one for head in range(heads))
+    blocks = None if alike else cuda_blocks.split(pattern, *lengths, heads)
+    if not alike and blocks is None:
+        raise ValueError(f"pattern is {pattern!r}, whose heads differ; expected one for all heads, or of blocks of 64 or 128")
+    table = None if alike else cuda_blocks.mask_of(blocks.blocked, *lengths, heads, q.device)
 
     def mask_mod(batch, head, i, j):
-        return one.allows(i + lengths.offset, j, lengths)
+        if alike:
+            return one.allows(i + lengths.offset, j, lengths)
+        seen = table[head, i // blocks.blocked.block, j // blocks.blocked.block]
+        return seen if isinstance(blocks.base, Dense) else seen & blocks.base.allows(i + lengths.offset, j, lengths)
 
     # Compiled, it does not write the whole mask, 16 GiB at 128K; on CPU compiling takes longer than that.
     make = torch.compile(create_block_mask) if q.is_cuda else create_block_mask
-    block_mask = make(mask_mod, None, None, *lengths, device=q.device.type)
+    block_mask = make(mask_mod, None, None if alike else heads, *lengths, device=q.device.type)
     compiled = torch.compile(flex_attention, dynamic=False)
     grouped = q.shape[1] != k.shape[1]
 

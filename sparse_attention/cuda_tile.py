@@ -34,7 +34,7 @@ def ready(pattern: Pattern, sizes: Sizes, device: torch.device) -> Ready:
         layout, made = _layout(native, found, device, sizes), None
         nbytes = 2 * found.nbytes
     else:
-        layout = _base(blocks.base, blocks.keys(sizes.head_dim), *lengths, sizes.head_dim, device, _tier(device))
+        native, layout = base_of(blocks, sizes, device)
         made = native.filter(layout, cuda_blocks.mask_of(blocks.blocked, *lengths, device), blocks.blocked.block)
         nbytes = made.bits.nbytes + made.order.nbytes
     return Ready(_call(native, layout, made), layout, made, nbytes)
@@ -42,9 +42,8 @@ def ready(pattern: Pattern, sizes: Sizes, device: torch.device) -> Ready:
 
 def live(blocks: cuda_blocks.Blocks, sizes: Sizes, device: torch.device) -> Ready:
     """The same for live blocks: each call reads its block mask."""
-    native = _build_cuda.kernels(torch.cuda.get_device_capability(device))
-    lengths, block = (sizes.q_len, sizes.kv_len, sizes.heads), blocks.blocked.block
-    layout = _base(blocks.base, blocks.keys(sizes.head_dim), *lengths, sizes.head_dim, device, _tier(device))
+    native, layout = base_of(blocks, sizes, device)
+    block = blocks.blocked.block
 
     def run(q, k, v, scale, block_mask):
         mask = block_mask if block_mask.ndim == 3 else block_mask.unsqueeze(0)
@@ -55,6 +54,13 @@ def live(blocks: cuda_blocks.Blocks, sizes: Sizes, device: torch.device) -> Read
 
 def backward(*_):
     raise NotImplementedError("the sparse engines have no gradient on CUDA yet; use impl='dense'")
+
+
+def base_of(blocks: cuda_blocks.Blocks, sizes: Sizes, device: torch.device) -> tuple:
+    """The compiled module, and the layout of the tiles that a block mask filters."""
+    lengths = sizes.q_len, sizes.kv_len, sizes.heads
+    layout = _base(blocks.base, blocks.keys(sizes.head_dim), *lengths, sizes.head_dim, device, _tier(device))
+    return _build_cuda.kernels(torch.cuda.get_device_capability(device)), layout
 
 
 @lru_cache(maxsize=32)
