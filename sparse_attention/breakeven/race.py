@@ -132,7 +132,8 @@ class Race:
         """
         threads = cores()
         name = f"{'base' if self.settings.base else 'dense'}, {threads} threads"
-        wanted = [r for r in self.run.records.values() if r.ready and r.blocks and r.baseline and name not in r.columns]
+        timed = [r for r in self.run.records.values() if r.ready and r.baseline and any(b.valid for b in r.blocks)]
+        wanted = [r for r in timed if name not in r.columns]
         is_cpu = getattr(kind(self.settings.device), "on_threads", False)
         if not is_cpu or self.settings.threads != 1 or threads == 1 or not wanted:
             return
