@@ -157,6 +157,9 @@ def test_a_malformed_commit_moves_nothing(impl):
     table = torch.tensor([[0, 1], [2, 7]])
     pages = numbers(2, 4, 1, 4, 3)
     refused(r"block_table\[1\] is \[2, 7\]; expected pages from 0 to 3 for rows 2 and on", caches=pages, block_table=table)
+    later = torch.tensor([[0, 2, 4], [1, 2, 3]])  # request 1 reads from its second page and writes to its first
+    table[1] = torch.tensor([7, 2])
+    refused(r"block_table\[1\] is \[7, 2\]", lengths=(0, 3), index=later, caches=pages, block_table=table)
     refused(r"lengths\[1\] is 3; expected a row of the cache, which has 8", lengths=(0, 3), caches=pages, block_table=table.clamp(max=3))
 
 

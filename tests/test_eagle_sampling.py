@@ -44,13 +44,14 @@ def test_equals_upstream_with_given_coins(nodes, reach, seed, favour):
     st.floats(0, 1),
     st.floats(0, 1),
     st.sampled_from([7, 1100]),
+    st.integers(1, 20),
 )
-def test_native_equals_the_reference(nodes, seed, rule, dtype, single, acc, vocab):
+def test_native_equals_the_reference(nodes, seed, rule, dtype, single, acc, vocab, width):
     tree = random_tree(nodes, seed, reach=4, batch=3, vocab=max(vocab, 40))
     tree = tree._replace(draft_tokens=tree.draft_tokens % vocab)  # now some siblings hold the same token
     probs = likely_logits(tree, vocab, seed, 3.0).softmax(2).to(dtype)
     probs = torch.where(probs < 0.1 * probs.amax(2, keepdim=True), 0, probs)  # as top-p leaves it
-    options = {"rule": rule, "threshold_single": single, "threshold_acc": acc, "return_sample_p": True}
+    options = {"rule": rule, "threshold_single": single, "threshold_acc": acc, "width": min(width, nodes), "return_sample_p": True}
     for source in (coins_for(nodes, seed, 3), {"seed": seed, "offset": 2**33 + 5}):
         a, b = (eagle.verify_sampling(tree, probs, **source, **options, impl=impl) for impl in IMPLS)
         for field in ("accept_index", "accept_length", "predicts", "next_token", "best_candidate"):
@@ -114,6 +115,11 @@ def test_coins_at_the_edges(impl):
     assert sample([0.0, 0.6, 0.0]).accept_index.tolist() == [[0, -1, -1]]
     assert sample([0.0, 0.6, 0.0]).next_token.tolist() == [0]  # tokens 1 and 2 were rejected
     assert sample([0.0, 0.5, 0.0], rule="target_only").accept_index.tolist() == [[0, 2, -1]]
+    plain = eagle.DraftTree(torch.tensor([[0]]), first_child=torch.tensor([[-1]]), next_sibling=torch.tensor([[-1]]))
+    for final, token in ((0.0, 1), (0.25, 1), (0.5, 3), (0.75, 3), (1 - 2.0**-24, 3)):  # on a boundary the later token
+        row = torch.tensor([[[0.0, 0.5, 0.0, 0.5, 0.0]]])
+        coins = {"coins": torch.zeros(1, 1), "final_coins": torch.tensor([final])}
+        assert eagle.verify_sampling(plain, row, **coins, impl=impl).next_token.tolist() == [token]
     last = sample([0.0, 0.6, 0.0], final=1 - 2.0**-24, return_sample_p=True)
     assert last.next_token.tolist() == [0] and last.sample_p.tolist() == [[1.0, 0.0, 0.0]]
     assert sample([1 - 2.0**-24] * 3, rule="target_only").next_token.tolist() == [0]
@@ -126,6 +132,18 @@ def test_coins_at_the_edges(impl):
     clamped = sample([torch.nan, 7.0, -1.0], final=9.0, check=False)
     exact = sample([1 - 2.0**-24, 1 - 2.0**-24, 0.0], final=1 - 2.0**-24)
     assert all(x is None or torch.equal(x, y) for x, y in zip(clamped, exact))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("rule", RULES)
+def test_what_was_rejected_above_the_last_node_is_not_missing_there(rule, impl):
+    tree = eagle.assemble_tree(torch.tensor([[0, 1, 2]]), torch.tensor([[-1, 0, 0]]))
+    probs = torch.tensor([[[0.1, 0.1, 0.8], [1.0, 0, 0], [0.2, 0.7, 0.1]]])
+    coins = {"coins": torch.tensor([[0.5, 0.5, 0.5]]), "final_coins": torch.tensor([0.5])}
+    for width in (2, 3):  # the walk is full, or finds no child
+        verified = eagle.verify_sampling(tree, probs, **coins, rule=rule, width=width, return_sample_p=True, impl=impl)
+        assert verified.accept_index[0, :2].tolist() == [0, 2] and verified.next_token.tolist() == [1]
+        assert torch.equal(verified.sample_p[0], probs[0, 2])
 
 
 @pytest.mark.parametrize("impl", IMPLS)
