@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 PAIRS = 1 << 27  # in the lists of all distinct heads: 512 MiB on the device
 SHORTEST = 256  # keys of a piece: joining costs about what so many keys do
 WARPS = 16  # that a multiprocessor holds
+SHORT = 48  # keys a row on average, up to which the rows of a warp may wait for the longest of them
 SHARES = 4  # a row longer than so small a part of one warp's share of all pairs is cut, or it would outlast the others
 
 
 class Tables(NamedTuple):
-    """row_start, columns, head_variant: as in Rows. The four last are struct Piece, struct Split and two fields of struct Forward."""
+    """row_start, columns, head_variant: as in Rows. The others are struct Piece, struct Split and three fields of struct Forward."""
 
     row_start: torch.Tensor
     columns: torch.Tensor
@@ -33,6 +34,7 @@ class Tables(NamedTuple):
     splits: torch.Tensor
     longest: int
     together: int
+    apart: bool
 
 
 def obstacle(pattern: Pattern, q_len: int, kv_len: int, heads: int) -> str | None:
@@ -79,7 +81,7 @@ def forward(rows: Rows, sizes: Sizes, device: torch.device) -> tuple[Callable, i
 def tables(rows: Rows, sizes: Sizes, device: torch.device, processors: int) -> Tables:
     """The tables of a device with so many multiprocessors, for a call of these sizes."""
     head_variant = rows.head_variant.numpy()
-    together = heads_together(head_variant, sizes.kv_heads) if sizes.dtype.itemsize < 8 else 1
+    together = heads_together(head_variant, sizes.kv_heads, most_together(sizes))
     counts = np.diff(rows.row_start.numpy()).reshape(-1, rows.q_len)
     firsts = head_variant[::together]
     share = sizes.batch * int(counts.sum(axis=1)[firsts].sum()) // (processors * WARPS * SHARES)
@@ -89,16 +91,23 @@ def tables(rows: Rows, sizes: Sizes, device: torch.device, processors: int) -> T
     def moved(x):
         return torch.from_numpy(np.ascontiguousarray(x, dtype=np.int32)).to(device)
 
-    return Tables(
-        rows.row_start.to(device), rows.columns.to(device), rows.head_variant.to(device), moved(pieces), moved(splits), longest, together
-    )
+    apart = not len(pieces) and bool(counts[firsts].mean() <= SHORT)
+    listed = rows.row_start.to(device), rows.columns.to(device), rows.head_variant.to(device)
+    return Tables(*listed, moved(pieces), moved(splits), longest, together, apart)
 
 
-def heads_together(head_variant: np.ndarray, kv_heads: int) -> int:
+def most_together(sizes: Sizes) -> int:
+    """How many heads there are kernels for: as many as a lane's registers hold, see launch.cuh."""
+    if sizes.dtype == torch.float64:
+        return 1
+    return 2 if sizes.dtype == torch.float32 and sizes.head_dim > 64 else 4
+
+
+def heads_together(head_variant: np.ndarray, kv_heads: int, most: int = 4) -> int:
     """How many neighbouring heads one warp can take: they share their keys, their values and their lists."""
     group = len(head_variant) // kv_heads
     for together in (4, 2):
-        if group % together == 0 and (head_variant.reshape(-1, together) == head_variant[::together, None]).all():
+        if together <= most and group % together == 0 and (head_variant.reshape(-1, together) == head_variant[::together, None]).all():
             return together
     return 1
 

@@ -23,17 +23,19 @@ const Tensor& table(const Tensor& x, at::ScalarType type, const char* name) {
 // The tables of one pattern on one device, as sparse_attention/cuda_rows.py makes them. What they hold is not checked.
 struct Rows {
   Rows(const Tensor& row_start, const Tensor& columns, const Tensor& head_variant, const Tensor& pieces, const Tensor& splits, int64_t longest,
-       int64_t together, int64_t q_len, int64_t kv_len)
+       int64_t together, bool apart, int64_t q_len, int64_t kv_len)
       : row_start(table(row_start, at::kLong, "row_start")), columns(table(columns, at::kInt, "columns")),
         head_variant(table(head_variant, at::kInt, "head_variant")), pieces(table(pieces, at::kInt, "pieces")),
-        splits(table(splits, at::kInt, "splits")), longest(longest), together(together), q_len(q_len), kv_len(kv_len) {
+        splits(table(splits, at::kInt, "splits")), longest(longest), together(together), apart(apart), q_len(q_len), kv_len(kv_len) {
     for (const Tensor* x : {&pieces, &splits})
       TORCH_CHECK(x->dim() == 2 && x->size(1) == 4, "pieces and splits have shapes ", pieces.sizes(), " and ", splits.sizes(), ", expected [n, 4]");
     TORCH_CHECK(q_len > 0 && (row_start.numel() - 1) % q_len == 0, "row_start has ", row_start.numel() - 1, " rows, expected a multiple of ", q_len);
     TORCH_CHECK(together == 1 || together == 2 || together == 4, "together is ", together, ", expected 1, 2 or 4");
   }
   Tensor row_start, columns, head_variant, pieces, splits;
-  int64_t longest, together, q_len, kv_len;
+  int64_t longest, together;
+  bool apart;
+  int64_t q_len, kv_len;
 };
 
 void check(const Tensor& q, const Tensor& k, const Tensor& v, const Rows& rows) {
@@ -98,7 +100,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q_in, const Tensor& k_in, const
     f.pieces = reinterpret_cast<const gather::Piece*>(rows.pieces.data_ptr<int32_t>());
     f.splits = reinterpret_cast<const gather::Split*>(rows.splits.data_ptr<int32_t>());
   }
-  f.longest = rows.longest, f.together = rows.together;
+  f.longest = rows.longest, f.together = rows.together, f.apart = rows.apart;
   f.batch = q.size(0), f.heads = q.size(1), f.kv_heads = k.size(1), f.q_len = rows.q_len, f.head_dim = q.size(3);
   f.aligned = aligned(q) && aligned(k) && aligned(v) && aligned(out);
   f.scale = scale;
@@ -111,7 +113,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q_in, const Tensor& k_in, const
 }  // namespace
 
 void bind_gather(pybind11::module_& m) {
-  pybind11::class_<Rows>(m, "Rows").def(pybind11::init<const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, int64_t, int64_t,
+  pybind11::class_<Rows>(m, "Rows").def(pybind11::init<const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, int64_t, int64_t, bool,
                                                        int64_t, int64_t>());
   m.def("gather_forward", &forward);
 }

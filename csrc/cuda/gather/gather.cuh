@@ -1,5 +1,6 @@
 // One warp takes one query row, for one head or for several that share their keys. Its lanes stand in groups; a group takes one key at
 // a time, each lane 16 bytes of it (or several times 16), and keeps a softmax of its own. At the end the groups join theirs.
+// Where rows are short, each group takes a row of its own instead, and nothing is joined.
 //
 // Rows longer than `longest` are cut into pieces, which leave their softmax in memory; `join_pieces` reads it. The order of all
 // sums depends on the table alone, so repeats give equal bits.
@@ -12,7 +13,7 @@ namespace {
 
 constexpr int kWarps = 4;  // neighbouring rows, whose keys are often the same or neighbours: they meet in the L1 cache
 
-template <typename T_, int kLanes_, int kChunks_, int kHeads_, bool kAligned_>
+template <typename T_, int kLanes_, int kChunks_, int kHeads_, bool kAligned_, bool kApart_>
 struct Shape {
   using T = T_;
   using A = typename Accumulator<T>::Type;
@@ -20,26 +21,50 @@ struct Shape {
   static constexpr int kChunks = kChunks_;  // that each lane holds of a row; chunk c of lane l begins at element (c * kLanes + l) * kPer
   static constexpr int kHeads = kHeads_;
   static constexpr bool kAligned = kAligned_;
+  static constexpr bool kApart = kApart_;  // each group has a row of its own
   static constexpr int kPer = kChunkBytes / sizeof(T);
   static constexpr int kElements = kChunks * kPer;
   static constexpr int kGroups = 32 / kLanes;
+  static constexpr int kRows = kApart ? kGroups : 1;    // of a warp
+  static constexpr int kAbreast = kApart ? 1 : kGroups;  // keys of one row that the groups take at a time
   static constexpr int kKeys = kChunks == 1 ? 4 : kChunks == 2 && kHeads < 4 ? 2 : 1;  // of a group in flight
-  static constexpr int kStep = kGroups * kKeys;
+  static constexpr int kStep = kAbreast * kKeys;
   // One running sum over a long row would lose several times what PyTorch loses; a 16-bit output does not show it.
   static constexpr bool kFolds = sizeof(T) >= 4;
   static constexpr int kFold = 16 * kStep;
   // Blocks that a multiprocessor should hold: bytes in flight are what hides the latency of the L2 cache.
-  static constexpr int kBlocks = kHeads > 1 || sizeof(T) == 8 || !kAligned ? 2 : 4;
+  static constexpr int kBlocks = kHeads > 1 || sizeof(T) == 8 || !kAligned ? 2 : kElements > 8 ? 3 : 4;
   using State = Softmax<A, kHeads, kElements>;
+};
+
+// Keys of a row: columns[0 .. count).
+struct List {
+  const int32_t* columns;
+  int count;
 };
 
 // Where a lane reads.
 struct Source {
   const char *keys, *values;  // its first chunk of key and value 0
   uint32_t key_bytes, value_bytes;  // from row to row
-  const int32_t* columns;
-  int count;
   int group;
+};
+
+// The first keys of a list, read ahead: `column[n]` is that of slot n of this lane's group.
+template <class S>
+struct Ahead {
+  int column[S::kKeys];
+
+  // The key of slot n in the step that begins at key `begin`.
+  __device__ static int place(int begin, int n, int group) { return begin + n * S::kAbreast + (S::kApart ? 0 : group); }
+
+  __device__ void read(const List& list, int begin, int group) {
+#pragma unroll
+    for (int n = 0; n < S::kKeys; ++n) {
+      const int at = place(begin, n, group);
+      column[n] = at < list.count ? __ldg(list.columns + at) : 0;
+    }
+  }
 };
 
 template <class S>
@@ -50,25 +75,18 @@ struct Walk {
   static constexpr int kChunkStride = S::kLanes * S::kPer;  // elements
 
   const Source& from;
+  const List& list;
   const A (&q)[S::kHeads][S::kElements];
   const bool (&mine)[S::kChunks];
   const A scale;  // with log2(e)
-  int column[S::kKeys];  // of the next step
-
-  // The key of this group's slot n in the step that begins at key `begin`.
-  __device__ int place(int begin, int n) const { return begin + n * S::kGroups + from.group; }
-
-  __device__ void look_ahead(int begin) {
-#pragma unroll
-    for (int n = 0; n < S::kKeys; ++n) column[n] = __ldg(from.columns + min(place(begin, n), from.count - 1));
-  }
+  Ahead<S> ahead;  // of the next step
 
   __device__ void fetch_row(uint4 (&to)[S::kChunks], const char* first, uint32_t bytes, int row, bool here) const {
     const T* p = reinterpret_cast<const T*>(first + uint64_t(uint32_t(row)) * bytes);
 #pragma unroll
     for (int c = 0; c < S::kChunks; ++c) {
       to[c] = make_uint4(0, 0, 0, 0);
-      if (here && mine[c]) to[c] = fetch<T, S::kAligned>(p + c * kChunkStride);
+      if (here & mine[c]) to[c] = fetch<T, S::kAligned>(p + c * kChunkStride);
     }
   }
 
@@ -89,11 +107,11 @@ struct Walk {
     bool here[S::kKeys];
 #pragma unroll
     for (int n = 0; n < S::kKeys; ++n) {
-      here[n] = kWhole || place(begin, n) < from.count;
-      fetch_row(k[n], from.keys, from.key_bytes, column[n], here[n]);
-      fetch_row(v[n], from.values, from.value_bytes, column[n], here[n]);
+      here[n] = kWhole || Ahead<S>::place(begin, n, from.group) < list.count;
+      fetch_row(k[n], from.keys, from.key_bytes, ahead.column[n], here[n]);
+      fetch_row(v[n], from.values, from.value_bytes, ahead.column[n], here[n]);
     }
-    look_ahead(begin + S::kStep);
+    ahead.read(list, begin + S::kStep, from.group);
 
     A score[S::kHeads][S::kKeys];
 #pragma unroll
@@ -145,27 +163,35 @@ struct Walk {
     }
   }
 
-  __device__ void steps(State& state, int begin, int end) {
-    for (; begin + S::kStep <= end; begin += S::kStep) step<true>(state, begin);
-    if (begin < end) step<false>(state, begin);
+  // Keys begin .. end of the warp's longest row; its shortest has `least`.
+  __device__ void steps(State& state, int begin, int end, int least) {
+    for (; begin + S::kStep <= min(end, least); begin += S::kStep) step<true>(state, begin);
+    for (; begin < end; begin += S::kStep) step<false>(state, begin);
   }
 
   __device__ void run(State& state) {
     state.clear();
-    if (from.count == 0) return;
-    look_ahead(0);
+    int most = list.count, least = list.count;
+    if constexpr (S::kApart) {
+#pragma unroll
+      for (int distance = S::kLanes; distance < 32; distance *= 2) {
+        most = max(most, __shfl_xor_sync(~0u, most, distance)), least = min(least, __shfl_xor_sync(~0u, least, distance));
+      }
+    }
     if constexpr (S::kFolds) {
-      for (int begin = 0; begin < from.count; begin += S::kFold) {
+      for (int begin = 0; begin < most; begin += S::kFold) {
         State part;
         part.clear();
-        steps(part, begin, min(begin + S::kFold, from.count));
+        steps(part, begin, min(begin + S::kFold, most), least);
         state.join(part);
       }
     } else {
-      steps(state, 0, from.count);
+      steps(state, 0, most, least);
     }
+    if constexpr (!S::kApart) {
 #pragma unroll
-    for (int distance = S::kLanes; distance < 32; distance *= 2) state.join_lane(distance);
+      for (int distance = S::kLanes; distance < 32; distance *= 2) state.join_lane(distance);
+    }
   }
 };
 
@@ -174,9 +200,10 @@ __device__ inline T* row_of(const Strided& x, int batch, int head, int row) {
   return static_cast<T*>(x.data) + batch * x.batch + head * x.head + row * x.row;
 }
 
-// `count` keys of one row from `columns` on. piece: where its softmax goes, or -1: it is a whole row.
+// One row, or one of each group, from the first keys in `ahead` on. piece: where its softmax goes, or -1: it is a whole row. A row that
+// is not `real` is read, but not written.
 template <class S>
-__device__ inline void take(const Forward& f, int batch, int head, int row, const int32_t* columns, int count, int piece) {
+__device__ inline void take(const Forward& f, int batch, int head, int row, const List& list, const Ahead<S>& ahead, int piece, bool real) {
   using T = typename S::T;
   using A = typename S::A;
   const int lane = threadIdx.x % 32, first = lane % S::kLanes * S::kPer;
@@ -197,16 +224,17 @@ __device__ inline void take(const Forward& f, int batch, int head, int row, cons
   const int kv_head = head / (f.heads / f.kv_heads);
   const Source from{reinterpret_cast<const char*>(row_of<T>(f.k, batch, kv_head, 0) + first),
                     reinterpret_cast<const char*>(row_of<T>(f.v, batch, kv_head, 0) + first),
-                    uint32_t(f.k.row * sizeof(T)), uint32_t(f.v.row * sizeof(T)), columns, count, lane / S::kLanes};
+                    uint32_t(f.k.row * sizeof(T)), uint32_t(f.v.row * sizeof(T)), lane / S::kLanes};
   typename S::State state;
-  Walk<S>{from, q, mine, A(f.scale * kLog2e), {}}.run(state);
+  Walk<S>{from, list, q, mine, A(f.scale * kLog2e), ahead}.run(state);
 
-  if (lane >= S::kLanes) return;
+  if (!real || (!S::kApart && lane >= S::kLanes)) return;
+  const bool leads = lane % S::kLanes == 0;
 #pragma unroll
   for (int h = 0; h < S::kHeads; ++h) {
     if (piece < 0) {
-      if (lane == 0) static_cast<A*>(f.lse)[(int64_t(batch) * f.heads + head + h) * f.q_len + row] = state.lse(h);
-    } else if (lane == 0) {
+      if (leads) static_cast<A*>(f.lse)[(int64_t(batch) * f.heads + head + h) * f.q_len + row] = state.lse(h);
+    } else if (leads) {
       A* ends = static_cast<A*>(f.partial) + int64_t(f.batch) * f.n_pieces * S::kHeads * f.head_dim;
       A* to = ends + 2 * ((int64_t(batch) * f.n_pieces + piece) * S::kHeads + h);
       to[0] = state.top[h], to[1] = state.sum[h];
@@ -229,30 +257,59 @@ __device__ inline void take(const Forward& f, int batch, int head, int row, cons
   }
 }
 
-// The first blocks take the pieces of long rows, which last longest; the others each take kWarps rows at a time, `turns` times.
+// The lists of one head's rows. What is wanted of a row is asked for two turns ahead, its first keys one turn ahead.
+struct Reader {
+  const Forward& f;
+  const int64_t* row_start;
+  int64_t start, stop;  // of the row asked for
+
+  __device__ void ask(int row) {
+    row = min(row, f.q_len - 1);
+    start = __ldg(row_start + row), stop = __ldg(row_start + row + 1);
+  }
+
+  // real: whether that row is one of these: neither past the last nor cut into pieces.
+  __device__ List answer(int row, bool& real) const {
+    real = row < f.q_len && stop - start <= f.longest;
+    return {f.columns + start, real ? int(stop - start) : 0};
+  }
+};
+
+// The first blocks take the pieces of long rows, which last longest; the others each take kWarps * kRows rows at a time, `turns` times.
 template <class S>
 __global__ void __launch_bounds__(32 * kWarps, S::kBlocks) rows(const __grid_constant__ Forward f, int piece_blocks, int turns) {
-  const int warp = threadIdx.x / 32;
-  int batch, head, row, first = 0, count = -1, piece = -1;
+  const int warp = threadIdx.x / 32, group = threadIdx.x % 32 / S::kLanes;
+  constexpr int kTurn = kWarps * S::kRows;  // rows
+  Ahead<S> ahead, next_ahead;
   if (int(blockIdx.x) < piece_blocks) {
     const int number = blockIdx.x * kWarps + warp;
-    if (number >= f.batch * f.n_pieces) return;
-    batch = number / f.n_pieces, piece = number % f.n_pieces;
-    const Piece it = f.pieces[piece];
-    head = it.head, row = it.row, first = it.first, count = it.count;
-    turns = 1;
-  } else {
-    const unsigned block = blockIdx.x - piece_blocks, rows_a_block = kWarps * turns;
-    const unsigned blocks_a_head = (f.q_len + rows_a_block - 1) / rows_a_block, heads = f.heads / S::kHeads;
-    const unsigned sequence = block / blocks_a_head;
-    head = sequence % heads * S::kHeads, batch = sequence / heads;
-    row = block % blocks_a_head * rows_a_block + warp;
+    if (S::kApart || number >= f.batch * f.n_pieces) return;
+    const int batch = number / f.n_pieces, n = number % f.n_pieces;
+    const Piece piece = f.pieces[n];
+    const int64_t start = f.row_start[int64_t(f.head_variant[piece.head]) * f.q_len + piece.row];
+    const List list{f.columns + start + piece.first, piece.count};
+    ahead.read(list, 0, group);
+    take<S>(f, batch, piece.head, piece.row, list, ahead, n, true);
+    return;
   }
-  const int64_t* row_start = f.row_start + int64_t(f.head_variant[head]) * f.q_len;
-  for (; turns > 0 && row < f.q_len; --turns, row += kWarps) {
-    const int64_t start = row_start[row];
-    const int64_t keys = piece < 0 ? row_start[row + 1] - start : count;
-    if (piece >= 0 || keys <= f.longest) take<S>(f, batch, head, row, f.columns + start + first, int(keys), piece);
+  const unsigned block = blockIdx.x - piece_blocks, rows_a_block = kTurn * turns;
+  const unsigned blocks_a_head = (f.q_len + rows_a_block - 1) / rows_a_block, heads = f.heads / S::kHeads;
+  const unsigned sequence = block / blocks_a_head;
+  const int head = sequence % heads * S::kHeads, batch = sequence / heads;
+  int row = block % blocks_a_head * rows_a_block + warp * S::kRows + (S::kApart ? group : 0);
+  Reader reader{f, f.row_start + int64_t(f.head_variant[head]) * f.q_len};
+  bool real, next_real;
+  reader.ask(row);
+  List list = reader.answer(row, real);
+  ahead.read(list, 0, group);
+  reader.ask(row + kTurn);
+  for (;; row += kTurn) {
+    const List next = reader.answer(row + kTurn, next_real);
+    next_ahead.read(next, 0, group);
+    reader.ask(row + 2 * kTurn);
+    take<S>(f, batch, head, min(row, f.q_len - 1), list, ahead, -1, real);
+    if (--turns == 0) return;
+    list = next, ahead = next_ahead, real = next_real;
   }
 }
 

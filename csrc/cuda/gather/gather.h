@@ -36,6 +36,7 @@ struct Forward {
   int32_t longest;   // rows with more keys are split
   int32_t together;  // heads that one warp takes: 1, 2 or 4; they share their keys, values and variant
   int32_t batch, heads, kv_heads, q_len, head_dim;
+  bool apart;    // rows are short and none is split: a warp takes several rows at once
   bool aligned;  // every row of q, k, v and out begins at a multiple of 16 bytes
   double scale;
 };
