@@ -12,6 +12,15 @@ namespace {
 constexpr int kMostTurns = 16;          // of a block; more would only lengthen its end
 constexpr int64_t kManyBlocks = 2048;  // a block takes several turns of rows only while so many blocks are left
 
+// Blocks of kWarps warps. Written without <<< >>>, so that a host's compiler reads it too.
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, cudaStream_t stream, const Arguments&... arguments) {
+  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  cudaLaunchConfig_t config{};
+  config.gridDim = {unsigned(blocks), 1, 1}, config.blockDim = {32 * kWarps, 1, 1}, config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
 template <class S>
 cudaError_t launch_rows(const Forward& f, cudaStream_t stream) {
   if (S::kApart && f.n_pieces) return cudaErrorInvalidValue;
@@ -22,10 +31,7 @@ cudaError_t launch_rows(const Forward& f, cudaStream_t stream) {
   int turns = kMostTurns;
   while (turns > 1 && blocks(turns) < kManyBlocks) turns /= 2;
   const int64_t piece_blocks = (int64_t(f.batch) * f.n_pieces + kWarps - 1) / kWarps;
-  const int64_t all = piece_blocks + blocks(turns);
-  if (all > INT32_MAX) return cudaErrorInvalidConfiguration;
-  rows<S><<<unsigned(all), 32 * kWarps, 0, stream>>>(f, int(piece_blocks), turns);
-  return cudaGetLastError();
+  return launch(rows<S>, piece_blocks + blocks(turns), stream, f, int(piece_blocks), turns);
 }
 
 template <typename T, int kLanes, int kChunks, bool kApart>
@@ -73,8 +79,7 @@ int launch_forward(const Forward& f, cudaStream_t stream) {
   const cudaError_t error = launch_size<T>(f, stream);
   if (error != cudaSuccess || f.n_splits == 0) return error;
   const int64_t warps = int64_t(f.batch) * f.n_splits * f.together * ((f.head_dim + 31) / 32);
-  join_pieces<T><<<unsigned((warps + kWarps - 1) / kWarps), 32 * kWarps, 0, stream>>>(f);
-  return cudaGetLastError();
+  return launch(join_pieces<T>, (warps + kWarps - 1) / kWarps, stream, f);
 }
 
 }  // namespace
