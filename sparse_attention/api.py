@@ -31,9 +31,9 @@ def attention(
     float64, bfloat16 or float16, all of one dtype and device, any strides with a contiguous last dimension. The last query
     stands at the position of the last key. scale: 1 / sqrt(head_dim) if None.
 
-    impl: "auto" runs whichever engine should be fastest, see `explain`; "tile" and "gather" are the sparse engines (CPU, head_dim a
-    multiple of 8 up to 256), "dense" is scaled_dot_product_attention, "reference" plain matrix products. A named impl runs or
-    raises.
+    impl: "auto" runs whichever engine should be fastest, see `explain`; "tile" and "gather" are the sparse engines (head_dim a
+    multiple of 8 up to 256; "tile" on CUDA takes bfloat16 and float16), "dense" is scaled_dot_product_attention, "reference" plain
+    matrix products. A named impl runs or raises.
 
     Returns out, like q; with ``return_lse=True`` also the log-sum-exp of each query's scores, `[batch, heads, q_len]`, natural
     logarithm, float32 (float64 for float64). A query that may attend to nothing gives 0 and -inf. Both are differentiable, once.
