@@ -1,5 +1,6 @@
 """The proof: error rates drawn from blocks against what simulation says they are, negative controls, and what is written."""
 
+import importlib
 import json
 import math
 import os
@@ -277,9 +278,10 @@ def test_command_proof(proof, tmp_path, monkeypatch, capsys):
     assert kept["machine"]["time"] == MACHINE["time"], "a proof keeps the date at which its blocks were measured"
 
 
-def test_the_projects_own_table():
-    from perf.proof import CONTROLS, INJECTED
-
+@pytest.mark.parametrize("table", ["perf.proof", "perf.proof_cuda"])
+def test_the_projects_own_tables(table):
+    module = importlib.import_module(table)
+    INJECTED, CONTROLS = module.INJECTED, module.CONTROLS
     names = [case.id for item in INJECTED for case in item.cases]
     assert len(names) == len(set(names))
     assert sum(bool(item.slowed) for item in INJECTED) >= 1 and len(INJECTED) >= 4
@@ -297,3 +299,32 @@ def test_repeated_work_is_real_and_of_the_size_it_says(extra):
         again, whole = map(int, re.findall(r"\d+", workload.note)[:2])
         assert again / whole == pytest.approx(extra, rel=0.25)
 
+
+
+@pytest.mark.parametrize("fault", ["", "another row", "zeros", "not finite"])
+def test_the_gpus_check_finds_a_wrong_row(fault):
+    """On CPU tensors: it runs wherever they are."""
+    import torch
+
+    from perf import proof_cuda
+    from sparse_attention import SlidingWindow
+    from sparse_attention.reference import reference
+
+    q, k, v = (torch.randn(1, 3, 256, 64, generator=torch.Generator().manual_seed(n)).bfloat16() for n in range(3))
+    pattern = SlidingWindow(32)
+    out = reference(q.double(), k.double(), v.double(), pattern)[0].bfloat16()
+    out = {"another row": out.roll(1, 2), "zeros": out * 0, "not finite": out / 0}.get(fault, out)
+    if fault:
+        with pytest.raises(AssertionError, match="must be finite" if fault == "not finite" else "is off by"):
+            proof_cuda.check(out, q, k, v, pattern)
+    else:
+        proof_cuda.check(out, q, k, v, pattern)
+
+
+def test_the_gpus_slowdowns_are_whole_heads():
+    from perf.proof_cuda import INJECTED
+
+    for item in INJECTED:
+        heads = item.plain.args["heads"]
+        assert all(case.args["extra"] == pytest.approx(x * heads) and case.share for x, case in item.slowed.items())
+        assert not item.slowed or {0.0, 0.01, 0.02} <= item.slowed.keys() and item.plain.share
