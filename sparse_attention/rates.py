@@ -119,17 +119,18 @@ GENERIC = Table(
 )
 
 # One H100, bfloat16, head_dim 128 (shared/facts/h100.md and docs/cuda.md): 4 * head_dim FLOPs a pair at 560 TFLOP/s in tiles, at 590
-# causal and about a third of that with a mask; `gather` reads a key and a value a pair from the L2 cache. `call` is what a launch
-# costs once the host is ahead. float32 is SDPA's own, without TF32, and its `tile` is what no call can choose.
+# causal and about a third of that with a mask; `gather` reads keys and values at 7.7 TB/s from the L2 cache (docs/implementation.md).
+# `call` is what a launch costs once the host is ahead. In float32, where neighbouring rows share keys in L1, `gather` reads twice as many
+# bytes a second; `dense` is SDPA's kernel without TF32; `tile` is never chosen.
 _HALF = {
     "tile": Rate(call=9_000, row=0.01, pair=0.0, element=7.1e-6),
-    "gather": Rate(call=9_000, row=0.01, pair=0.0, element=8.0e-4),
+    "gather": Rate(call=9_000, row=0.5, pair=0.0, element=5.2e-4),
     "dense": Rate(call=9_000, row=0.01, pair=0.0, element=6.8e-6, mask=1.8e-3),
 }
 _SINGLE = {
     "tile": Rate(call=9_000, row=0.01, pair=0.0, element=1.0),
-    "gather": Rate(call=9_000, row=0.01, pair=0.0, element=8.0e-4),
-    "dense": Rate(call=9_000, row=0.01, pair=0.0, element=8.0e-5, mask=1.8e-3),
+    "gather": Rate(call=9_000, row=0.5, pair=0.0, element=5.8e-4),
+    "dense": Rate(call=9_000, row=0.01, pair=5.0e-3, element=4.6e-5, mask=2.5e-3),
 }
 GENERIC_CUDA = Table("cuda", "built in", {(1, "float32"): _SINGLE, (1, "bfloat16"): _HALF, (1, "float16"): _HALF}, {})
 
