@@ -6,13 +6,9 @@ Both are measured by the break-even harness: fresh processes, checked outputs, d
 from __future__ import annotations
 
 import itertools
-import json
-import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +22,7 @@ from sparse_attention.breakeven.result import clean_share, results
 from sparse_attention.breakeven.store import Record, Run
 from sparse_attention.breakeven.study import POLICY, Study, scouted
 from sparse_attention.breakeven.study_table import sentence
+from sparse_attention.calibration_store import Runs
 from sparse_attention.fitting import LEAST_SAMPLES, QUANTILES, Fit, Sample, fit
 from sparse_attention.patterns import parse
 from sparse_attention.rates import ENGINES, Rate, Table
@@ -50,7 +47,6 @@ FAMILIES = tuple(
         "LogSparse(window=1)",
     )
 )
-KIND = "calibration"
 HEADS = 4
 LENGTHS = geometric(16, 512, steps=4)
 USABLE = (0.5, 2.0)  # predicted over measured time, of the middle eight tenths of the calls; other rates are left out
@@ -81,7 +77,6 @@ class TooDisturbed(RuntimeError):
 
 
 FamilyKey = tuple[str, str, int]  # pattern, dtype, head_dim
-Runs = Mapping[str, Run]  # "rates" or "crossings" and the number of threads, as "rates/1"
 
 
 def families(patterns: Iterable[str] = ()) -> list[FamilyKey]:
@@ -196,49 +191,6 @@ def measure_crossings(
     study = Study(families.values(), settings, progress, save, resume, foresee=foresee)
     _require_right(study.execute())
     return [_crossing_entry(*key, settings.threads, found) for key, found in zip(families, study.crossings())]
-
-
-def stored(runs: Runs) -> dict[str, Any]:
-    """For the disk."""
-    return {"kind": KIND, "runs": {name: run.as_dict() for name, run in runs.items()}}
-
-
-def load_runs(path: str) -> Runs:
-    """What `stored` made; ValueError for another file."""
-    try:
-        data = json.loads(Path(path).read_text())
-        if data["kind"] != KIND:
-            raise ValueError(f"its kind is {data['kind']!r}")
-        return {name: Run.from_dict(run) for name, run in data["runs"].items()}
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path} is no calibration that was cut short: {error!r}") from error
-
-
-def keep_others(data: dict[str, Any], path: Path, wanted: Iterable[FamilyKey]) -> int:
-    """Take over the crossings of the families that were not wanted now from the table in a file; returns how many."""
-    try:
-        rates.load(path, data["class"])
-        theirs = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return 0
-    if theirs["class"] != data["class"]:
-        return 0
-    measured = set(wanted)
-    kept = [entry for entry in theirs["crossings"] if (entry["family"], entry["dtype"], entry["head_dim"]) not in measured]
-    data["crossings"] += kept
-    return len(kept)
-
-
-def write(data: Mapping[str, Any], path: Path) -> Table:
-    """Put a table into a file, all of it or nothing, and return it as dispatch will see it."""
-    found = rates.parse(data, data["class"], str(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.stem, suffix=".partial", delete=False) as f:
-        json.dump(data, f, indent=1)
-        f.write("\n")
-    os.chmod(f.name, 0o644)
-    os.replace(f.name, path)
-    return found
 
 
 def report(data: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparse_attention import calibration, dispatch, rates
+from sparse_attention import calibration, calibration_store, dispatch, rates
 from sparse_attention.breakeven import Settings
 from sparse_attention.breakeven import race as race_module
 from sparse_attention.breakeven.cli import main
@@ -423,7 +423,7 @@ def test_a_calibration_goes_on_where_it_was_cut_short(one_core, folder, monkeypa
     monkeypatch.setattr(race_module, "run_worker", cut)
     with pytest.raises(KeyboardInterrupt):
         main(["calibrate", "--quiet", "--json", str(partial)])
-    stored = calibration.load_runs(str(partial))
+    stored = calibration_store.load_runs(str(partial))
     blocks = {name: len(run.evidence) for name, run in stored.items()}
     assert sum(blocks.values()) == last and ("crossings/1" in blocks) == (last > calibration.RATE_BLOCKS)
     rest = FakeMachine(SLOW_CALLS)
@@ -459,12 +459,12 @@ def test_chosen_break_even_lengths_are_measured_and_the_others_kept(one_core, fo
 
 def test_a_table_that_dispatch_would_refuse_is_not_written(tmp_path):
     path = tmp_path / "table.json"
-    calibration.write(content(), path)
+    calibration_store.write(content(), path)
     before = path.read_text()
     bad = copy.deepcopy(content())
     bad["rates"][0]["tile"]["call"] = math.inf
     with pytest.raises(ValueError, match="call is inf"):
-        calibration.write(bad, path)
+        calibration_store.write(bad, path)
     assert path.read_text() == before and [p.name for p in tmp_path.iterdir()] == ["table.json"]
 
 

@@ -35,7 +35,7 @@ class Settings:
     policy: Policy = TwoStage()
     device: str = "cpu"
     seed: int = 0
-    first_look_share: float = 0.62  # of the time left after scouting; the rest is for columns and second looks
+    first_look_share: float = 0.62  # of the time left after scouting; the rest is for second looks and columns
     base: str | None = None  # the commit that the cases are raced against, where that is not their baseline
     unjudged: str = ""  # why no case may be judged, such as a machine class without floors
 

@@ -86,7 +86,7 @@ def _declared(options) -> tuple[list[Family], list[Published]]:
 
 
 def _calibrate(options) -> int:
-    from sparse_attention import _build, calibration, rates
+    from sparse_attention import _build, calibration, calibration_store, rates
 
     name = machine.machine_class(options.device)
     path = Path(options.out) if options.out else rates.user_folder() / rates.file_name(name)
@@ -100,13 +100,13 @@ def _calibrate(options) -> int:
     progress = Silent() if options.quiet else Progress()
     before = rates.table(options.device)
     partial = options.json or options.resume
-    resume = calibration.load_runs(options.resume) if options.resume else {}
+    resume = calibration_store.load_runs(options.resume) if options.resume else {}
     runs = {}
 
     def save(found):
         runs.update(found)
         if partial:
-            write_json(partial, calibration.stored(runs))
+            write_json(partial, calibration_store.stored(runs))
 
     try:
         _build.library()
@@ -118,8 +118,8 @@ def _calibrate(options) -> int:
         print(f"breakeven: nothing written: {error}", file=sys.stderr)
         return ExitCode.WRONG
     progress.done()
-    kept = calibration.keep_others(data, path if path.exists() else Path(before.source), wanted) if options.cases else 0
-    after = calibration.write(data, path)
+    kept = calibration_store.keep_others(data, path if path.exists() else Path(before.source), wanted) if options.cases else 0
+    after = calibration_store.write(data, path)
     print(calibration.report(data))
     if kept:
         print(f"{kept} of these break-even lengths were not measured now but taken over")
@@ -128,7 +128,7 @@ def _calibrate(options) -> int:
     print("\n".join(changed) if changed else "dispatch chooses as before at the sizes that were measured")
     if partial:
         told = {"path": str(path), "table": data, "before": before.source, "changes": changed}
-        write_json(partial, {**calibration.stored(runs), **told})
+        write_json(partial, {**calibration_store.stored(runs), **told})
     return ExitCode.OK
 
 
