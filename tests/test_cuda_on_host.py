@@ -28,9 +28,10 @@ HERE = Path(__file__).parent / "cuda_on_host"
 def library(tmp_path_factory):
     """csrc/cuda with another ptx.h."""
     folder = tmp_path_factory.mktemp("cuda")
-    for source in [*(source_folder() / "cuda").glob("*.h"), source_folder() / "cuda" / "walk.cuh", HERE / "threads.h", HERE / "library.cpp"]:
+    cuda = source_folder() / "cuda"
+    for source in [cuda / "tile.h", cuda / "walk.cuh", HERE / "threads.h", HERE / "library.cpp"]:
         shutil.copy(source, folder)
-    shutil.copytree(source_folder() / "cuda" / "sm80", folder / "sm80")
+    shutil.copytree(cuda / "sm80", folder / "sm80")
     shutil.copy(HERE / "ptx.h", folder / "sm80" / "ptx.h")
     target = folder / "library.so"
     command = [*compiler(), "-std=c++20", "-O2", "-w", "-fPIC", "-shared", f"-I{folder}", str(folder / "library.cpp"), "-o", str(target)]
@@ -42,8 +43,8 @@ def library(tmp_path_factory):
 def forward(library, q, k, v, pattern, keys=64, bits=None, order=None, barriers=True, seed=0):
     """(out, lse) by three blocks of threads. bits: int64 [heads, 64-row halves, words] of a block mask; order: of the items, with it."""
     batch, heads, q_len, head_dim = q.shape
-    blocks = 3
-    parts = cuda_tables.tables(layout(pattern, q_len, k.shape[2], heads, Tile(cuda_tables.QUERIES, keys)), q.device, blocks, bits is not None)
+    blocks, tile = 3, Tile(cuda_tables.QUERIES, keys)
+    parts = cuda_tables.tables(layout(pattern, q_len, k.shape[2], heads, tile), q.device, blocks, halves=bits is not None)
     out, lse, partial = torch.full_like(q, 7.0), torch.full(q.shape[:3], 7.0), torch.full(q.shape, torch.nan)
     strides = [step for x in (q, k, v, out) for step in x.stride()[:3]]
     for part in parts:
@@ -81,6 +82,7 @@ def is_right(q, k, v, mask, out, lse):
         (sa.MultiScale(16), (1, 1, 1, 140, 140, 64), 64),
         (sa.Dense(), (1, 1, 1, 130, 67, 200), 64),
         (sa.Causal(), (1, 1, 1, 130, 130, 256), 64),
+        (sa.SlidingWindow(70) | sa.Sinks(3), (1, 1, 1, 140, 140, 128), 128),
         (sa.BlockSparse(torch.tensor([[True, False, False], [False, False, False], [True, False, True]]), 64), (1, 1, 1, 190, 190, 8), 64),
     ],
     ids=str,
@@ -92,8 +94,9 @@ def test_patterns(library, pattern, sizes, keys):
 
 
 @pytest.mark.parametrize("keys", (64, 128))
-def test_nan_where_nobody_looks(library, keys):
-    q, k, v = tensors(1, 1, 1, 30, 300, 64)
+@pytest.mark.parametrize("head_dim", (64, 72))
+def test_nan_where_nobody_looks(library, keys, head_dim):
+    q, k, v = tensors(1, 1, 1, 30, 300, head_dim)
     mask = sa.SlidingWindow(50).mask(30, 300, 1)
     unseen = ~mask.any(1)[None, :, :, None]
     bad = [x.masked_fill(unseen, torch.nan) for x in (k, v)]

@@ -35,6 +35,7 @@ extern "C" int run(void** pointers, const int64_t* strides, const int32_t* sizes
   host::block.barriers = barriers;
   try {
     if (p.head_dim <= 64) run_all<Shape<64, 64, 2, 3>>(p, blocks, seed);
+    else if (p.head_dim <= 128) run_all<Shape<128, 32, 2, 2>>(p, blocks, seed);
     else run_all<Shape<256, 32, 1, 1>>(p, blocks, seed);
   } catch (const std::runtime_error&) {
     return 1;

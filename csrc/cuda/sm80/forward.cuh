@@ -3,55 +3,12 @@
 #pragma once
 #include "ptx.h"
 #include "stretches.cuh"
+#include "tiles.cuh"
 
 namespace sparse_attention::sm80 {
 
 __host__ __device__ constexpr bool reads_partial(Merge m) { return m == kMiddlePart || m == kLastPart; }
 __host__ __device__ constexpr bool writes_partial(Merge m) { return m == kFirstPart || m == kMiddlePart; }
-
-// Keys of a step; warps of 16 * kBlocks queries each; blocks that a multiprocessor should hold.
-template <int kDim_, int kKeys_, int kBlocks_, int kResident_>
-struct Shape {
-  static constexpr int kDim = kDim_, kKeys = kKeys_, kBlocks = kBlocks_, kResident = kResident_;
-  static constexpr int kThreads = kTileQueries / (16 * kBlocks) * 32;
-  static constexpr int kPitch = 2 * kDim;  // bytes of a row in shared memory
-  static_assert(kDim % 64 == 0 && (kKeys == 32 || kKeys == 64));
-};
-
-template <class S>
-struct alignas(128) Shared {
-  uint8_t q[kTileQueries * S::kPitch];
-  uint8_t k[S::kKeys * S::kPitch];
-  uint8_t v[S::kKeys * S::kPitch];
-  uint64_t mask[kTileQueries];
-  Item items[2];
-  Stretch stretch[2];
-  Stretches<S::kKeys> stretches;
-};
-
-// Where 8 columns of a row lie. Eight rows of the same columns are in eight different quarters of the banks.
-template <class S>
-__device__ __forceinline__ int place(int row, int columns) {
-  return row * S::kPitch + (columns ^ row % 8) * 16;
-}
-
-// `real` rows of head_dim columns; zeros for the rest of kRows rows of kDim columns, and for the rows in `skip`.
-template <class S, int kRows>
-__device__ __forceinline__ void copy_rows(uint8_t* to, const uint8_t* from, int64_t pitch, int real, int head_dim, uint64_t skip = 0) {
-  constexpr int kColumns = S::kDim / 8, kTogether = S::kThreads / kColumns / 8 * 8;  // rows copied at a time
-  static_assert(kTogether > 0 && kRows % kTogether == 0);
-  const int first = threadIdx.x / kColumns, columns = threadIdx.x % kColumns;
-  const uint32_t target = shared_address(to) + place<S>(first, columns);
-  if (first >= kTogether) return;
-  const int mine = 8 * columns < head_dim ? real - first : 0;
-  from += first * pitch + columns * 16;
-#pragma unroll
-  for (int row = 0; row < kRows; row += kTogether) {
-    const bool wanted = row < mine && !(skip >> ((first + row) % 64) & 1);
-    copy_16(target + row * S::kPitch, from, wanted);
-    from += kTogether * pitch;
-  }
-}
 
 // A warp's queries. Accumulator i of block m and columns 8 j to 8 j + 7 is row 16 m + 8 (i / 2) + lane / 4, column lane % 4 * 2 + i % 2.
 template <class S, typename T>
@@ -89,7 +46,7 @@ struct Consumer {
       const bool ends = t + 1 == now.steps;
       if (!ends) copy_keys(now, t + 1);
       else if (following.item >= 0) copy_queries_and_keys(following);
-      if (now.mask != kFull) hide(s, now, t);
+      if (now.mask != kFull) hide(s, now.mask);
       soften(s);
       weigh(s);
       at += 2;
@@ -133,20 +90,20 @@ struct Consumer {
     const int key = x.key + S::kKeys * t;
     const uint8_t* from = item.v + key * item.v_pitch;
     if (x.mask != kFull && x.mask != kNothing) {
-      const int words = p.keys / 64, word = first_bit(t) / 64;
+      // A tile may be several steps.
+      const auto bits = [&](const uint64_t* of, int64_t row) {
+        return reinterpret_cast<const typename S::Bits*>(of) + (row * p.keys + (t * S::kKeys & (p.keys - 1))) / S::kKeys;
+      };
       for (int row = threadIdx.x; row < kTileQueries; row += S::kThreads)
-        copy_few<8>(&shared.mask[row], p.tables.masks + (int64_t{x.mask} * kTileQueries + row) * words + word);
+        copy_few<S::kKeys / 8>(&shared.mask[row], bits(p.tables.masks, int64_t{x.mask} * kTileQueries + row));
       if (x.dead) {
-        const uint64_t skip = p.tables.dead[int64_t{x.mask} * words + word] >> (first_bit(t) % 64);
+        const uint64_t skip = *bits(p.tables.dead, x.mask);
         copy_rows<S, S::kKeys>(shared.v, from, item.v_pitch, item.keys - key, p.head_dim, skip);
         return;
       }
     }
     copy_rows<S, S::kKeys>(shared.v, from, item.v_pitch, item.keys - key, p.head_dim);
   }
-
-  // Which bit of a mask's rows is a step's first key: a tile may be several steps.
-  __device__ __forceinline__ int first_bit(int t) const { return t * S::kKeys & (p.keys - 1); }
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
@@ -188,13 +145,13 @@ struct Consumer {
     }
   }
 
-  __device__ __forceinline__ void hide(float (&s)[kBlocks][S::kKeys / 8][4], const Stretch& x, int t) {
+  __device__ __forceinline__ void hide(float (&s)[kBlocks][S::kKeys / 8][4], int mask) {
 #pragma unroll
     for (int m = 0; m < kBlocks; ++m)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        uint64_t bits = shared.mask[(warp * kBlocks + m) * 16 + 8 * r + lane / 4] >> (first_bit(t) % 64 + lane % 4 * 2);
-        if (x.mask == kNothing) bits = 0;
+        uint64_t bits = shared.mask[(warp * kBlocks + m) * 16 + 8 * r + lane / 4] >> (lane % 4 * 2);
+        if (mask == kNothing) bits = 0;
         const uint32_t half[2] = {static_cast<uint32_t>(bits), static_cast<uint32_t>(bits >> 32)};
 #pragma unroll
         for (int j = 0; j < S::kKeys / 8; ++j)
@@ -339,7 +296,8 @@ struct Consumer {
     const int columns = j + lane % 4;
     if constexpr (!writes_partial(kMerge)) {
       exchange(words);
-      if (real && 8 * columns < p.head_dim) *reinterpret_cast<uint4*>(target + columns * 16) = uint4{words[0], words[1], words[2], words[3]};
+      const uint4 all = {words[0], words[1], words[2], words[3]};
+      if (real && 8 * columns < p.head_dim) *reinterpret_cast<uint4*>(target + columns * 16) = all;
     }
   }
 
@@ -357,8 +315,15 @@ struct Consumer {
   }
 };
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kMostResident = 2;  // with the registers of three, head_dim 64 spills there
+#else
+constexpr int kMostResident = 3;
+#endif
+
 template <class S, typename T>
-__global__ void __launch_bounds__(S::kThreads, S::kResident) forward(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(S::kThreads, S::kResident < kMostResident ? S::kResident : kMostResident)
+    forward(const __grid_constant__ Params p) {
   extern __shared__ __align__(128) uint8_t raw[];
   Consumer<S, T>(p, *reinterpret_cast<Shared<S>*>(raw)).run();
 }

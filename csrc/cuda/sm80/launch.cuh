@@ -7,11 +7,24 @@
 namespace sparse_attention::sm80 {
 namespace {
 
-constexpr int kLeastShared = 99 * 1024;  // what a block may have on compute capability 8.6 and 8.9
+constexpr int kLeastShared = 100 * 1024;  // a multiprocessor's on compute capability 8.6, 8.9 and 12.0
+constexpr int kReserved = 1024;           // of it for each block
+
+using Wide128 = Shape<128, 64, 2, 2>;
+using Narrow128 = Shape<128, 32, 2, 2>;
+static_assert(2 * (sizeof(Shared<Narrow128>) + kReserved) <= kLeastShared);
+
+// Whether a multiprocessor of the current device has room for two blocks of steps of 64 keys.
+bool has_room() {
+  int device, bytes;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device) == cudaSuccess &&
+         bytes >= 2 * static_cast<int>(sizeof(Shared<Wide128>) + kReserved);
+}
 
 template <class S, typename T>
 cudaError_t prepare() {
-  static_assert(sizeof(Shared<S>) <= kLeastShared);
+  static_assert(sizeof(Shared<S>) + kReserved <= kLeastShared);
   return cudaFuncSetAttribute(forward<S, T>, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared<S>));
 }
 
@@ -19,7 +32,7 @@ cudaError_t prepare() {
 template <class F>
 auto with_shape(int head_dim, F f) {
   if (head_dim <= 64) return f(Shape<64, 64, 2, 3>());
-  if (head_dim <= 128) return f(Shape<128, 64, 2, 2>());
+  if (head_dim <= 128) return has_room() ? f(Wide128()) : f(Narrow128());
   if (head_dim <= 192) return f(Shape<192, 64, 1, 1>());
   return f(Shape<256, 32, 1, 1>());
 }
