@@ -1,7 +1,6 @@
 """Whole races in fresh processes, the stored run, and the command line with its exit codes."""
 
 import json
-import re
 import subprocess
 import sys
 

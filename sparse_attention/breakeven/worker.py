@@ -6,7 +6,6 @@ import json
 import os
 import random
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
