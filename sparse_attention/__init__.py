@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from sparse_attention._build import BuildError
     from sparse_attention.api import attention, explain, plan
+    from sparse_attention.decode import decode
     from sparse_attention.longnet import longnet
     from sparse_attention.patterns import (
         BigBird,
@@ -55,19 +56,20 @@ __all__ = [
     "Strided",
     "Tree",
     "attention",
+    "decode",
     "explain",
     "longnet",
     "merge",
     "plan",
 ]
 
-_HOMES = ("_build", "api", "longnet", "patterns", "reference")
+_HOMES = ("_build", "api", "decode", "longnet", "patterns", "reference")
 
 
 class _Package(ModuleType):
     def __setattr__(self, name, value):
         if name in __all__ and isinstance(value, ModuleType):
-            return  # importing the submodule `longnet` does not hide the function
+            return  # importing the submodule `longnet` or `decode` does not hide the function
         super().__setattr__(name, value)
 
 

@@ -28,6 +28,7 @@ NAMES = [
     "Strided",
     "Tree",
     "attention",
+    "decode",
     "explain",
     "longnet",
     "merge",
