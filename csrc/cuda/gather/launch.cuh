@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-#include "gather.cuh"
+#include "join.cuh"
 
 namespace sparse_attention::gather {
 namespace {
