@@ -6,6 +6,7 @@ does not wait for the device and returns False.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -32,6 +33,7 @@ def engine(name: str, device: torch.device, impl: str) -> Callable | None:
     return found
 
 
+@functools.cache  # a failed build too: it is not tried again in every call
 def _cuda(device: torch.device) -> object:
     from sparse_attention import _build_cuda
 
