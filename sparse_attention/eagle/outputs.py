@@ -104,11 +104,12 @@ def empty_mask(batch: int, nodes: int, form: str, dtype: torch.dtype, full_size:
 
 def mask_layout(batch: int, nodes: int, form: str, dtype: torch.dtype, full_size: int) -> tuple[tuple[int, ...], torch.dtype]:
     """(shape, dtype) of a mask of this form; `dtype` matters to "additive" only."""
-    return {
-        "bool": ((batch, nodes, nodes), torch.bool),
-        "float": ((batch, 1, nodes, nodes), torch.float32),
-        "additive": ((batch, 1, nodes, nodes), dtype),
-        "bits": ((batch, nodes, (nodes + 63) // 64), torch.int64),
-        "bits32": ((batch, nodes, (nodes + 31) // 32), torch.int32),
-        "full": ((full_size,), torch.bool),
-    }[form]
+    if form == "bool":
+        return (batch, nodes, nodes), torch.bool
+    if form == "full":
+        return (full_size,), torch.bool
+    if form == "bits":
+        return (batch, nodes, (nodes + 63) // 64), torch.int64
+    if form == "bits32":
+        return (batch, nodes, (nodes + 31) // 32), torch.int32
+    return (batch, 1, nodes, nodes), torch.float32 if form == "float" else dtype
