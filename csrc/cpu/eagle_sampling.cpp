@@ -106,8 +106,11 @@ bool walk_all(const WalkIn& in, const T* probs, int64_t vocab, const Coins& numb
   for (int64_t b = 0; b < in.batch; ++b) {
     std::vector<double> coins(in.nodes + 1);
     if (numbers.coins) {
-      for (int64_t n = 0; n < in.nodes; ++n) coins[n] = clamped(numbers.coins[b * in.nodes + n]);
-      coins[in.nodes] = clamped(numbers.final_coins[b]);
+      for (int64_t n = 0; n <= in.nodes; ++n) {
+        const double coin = n < in.nodes ? numbers.coins[b * in.nodes + n] : numbers.final_coins[b];
+        malformed = malformed || !(coin >= 0 && coin < 1);
+        coins[n] = clamped(coin);
+      }
     } else {
       uniforms(numbers.seed, numbers.offset, b, in.nodes + 1, coins.data());
     }

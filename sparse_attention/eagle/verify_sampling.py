@@ -66,7 +66,7 @@ def verify_sampling(
     checked = wants_check(check, draft.device)
     native = engine("verify_sampling", draft.device, impl)
     if seed is None:
-        coins, final_coins = _check_coins(coins, final_coins, draft, checked)
+        coins, final_coins = _check_coins(coins, final_coins, draft)
         counters = (None, None)
     elif coins is not None or final_coins is not None:
         raise ValueError("coins and seed are both given; expected coins and final_coins, or seed")
@@ -74,6 +74,7 @@ def verify_sampling(
         counters = as_counter("seed", seed, draft.device), as_counter("offset", offset, draft.device)
     if checked and (native is None or draft.device.type != "cpu"):
         refuse_links(tree)
+        _refuse_coins(coins, final_coins)
         _refuse_tokens(draft, target_probs.shape[2])
     if native is None:
         if seed is not None:
@@ -85,6 +86,7 @@ def verify_sampling(
     numbers = (RULES.index(rule), float(threshold_single), float(threshold_acc))
     if native(*links_of(tree), probs, coins, final_coins, *counters, *numbers, *result) and checked:
         refuse_links(tree)
+        _refuse_coins(coins, final_coins)
         _refuse_tokens(draft, target_probs.shape[2])
         _refuse_probs("target_probs", target_probs)
     return result
@@ -175,18 +177,20 @@ def _clamped(coins: Tensor) -> list[list[float]]:
     return torch.where(coins < 1, coins.clamp(min=0), top).tolist()
 
 
-def _check_coins(coins: object, final_coins: object, draft: Tensor, checked: bool) -> tuple[Tensor, Tensor]:
+def _check_coins(coins: object, final_coins: object, draft: Tensor) -> tuple[Tensor, Tensor]:
     if coins is None or final_coins is None:
         raise ValueError(f"{'coins' if coins is None else 'final_coins'} is None; expected coins and final_coins, or seed")
     dtypes = (torch.float32, torch.float64)
     check_tensor("coins", coins, tuple(draft.shape), dtypes, draft, "tree")
     check_tensor("final_coins", final_coins, (draft.shape[0],), dtypes, draft, "tree")
-    if checked:
-        for name, x in (("coins", coins), ("final_coins", final_coins)):
-            found = first(~((x >= 0) & (x < 1)))
-            if found is not None:
-                raise ValueError(f"{at(name, found)} is {float(x[found])}; expected a number from 0 to less than 1")
     return coins.double().contiguous(), final_coins.double().contiguous()
+
+
+def _refuse_coins(coins: Tensor | None, final_coins: Tensor | None) -> None:
+    for name, x in (("coins", coins), ("final_coins", final_coins)):
+        found = None if x is None else first(~((x >= 0) & (x < 1)))
+        if found is not None:
+            raise ValueError(f"{at(name, found)} is {float(x[found])}; expected a number from 0 to less than 1")
 
 
 def _refuse_tokens(draft: Tensor, vocab: int) -> None:
