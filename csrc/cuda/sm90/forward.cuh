@@ -2,7 +2,7 @@
 // each multiply and keep the softmax. A block takes query tiles of 128 from a list until none is left.
 #pragma once
 #include "../walk.cuh"
-#include "ptx.h"
+#include "consumer.cuh"
 
 namespace sparse_attention::sm90 {
 
@@ -22,37 +22,6 @@ struct Params {
 
 __host__ __device__ constexpr bool reads_partial(Merge m) { return m == kMiddlePart || m == kLastPart; }
 __host__ __device__ constexpr bool writes_partial(Merge m) { return m == kFirstPart || m == kMiddlePart; }
-
-template <int kDim_, int kKeys_, int kStages_>
-struct Shape {
-  static constexpr int kDim = kDim_, kKeys = kKeys_, kStages = kStages_;
-  static constexpr int kQueries = kTileQueries, kBlocks = kDim / 64;        // blocks of 64 columns
-  static constexpr int kQueryBlock = kQueries * 128, kKeyBlock = kKeys * 128;  // bytes
-  static constexpr int kThreads = 384;
-  static constexpr bool kShare = kDim > 128;  // the output leaves through the queries' memory
-};
-
-template <class S>
-struct alignas(1024) Shared {
-  alignas(1024) uint8_t q[S::kBlocks * S::kQueryBlock];
-  alignas(1024) uint8_t k[S::kStages][S::kBlocks * S::kKeyBlock];
-  alignas(1024) uint8_t v[S::kStages][S::kBlocks * S::kKeyBlock];
-  alignas(1024) uint8_t out[S::kShare ? 1024 : S::kBlocks * S::kQueryBlock];
-  uint64_t q_full, q_empty, k_full[S::kStages], k_empty[S::kStages], v_full[S::kStages], v_empty[S::kStages];
-  int32_t mask[S::kStages];  // of the tile in this stage, with kLast for a row's last
-  int32_t item;              // the work in `q`; -1 when there is none left
-  int32_t has_tiles;
-};
-
-// A position in a ring of stages.
-template <int kStages>
-struct Ring {
-  int stage = 0;
-  uint32_t phase = 0;
-  __device__ __forceinline__ void next() {
-    if (++stage == kStages) stage = 0, phase ^= 1;
-  }
-};
 
 // The queries of one item of work, then its key tiles one after the other.
 template <class S>
@@ -100,67 +69,23 @@ __device__ __forceinline__ void produce(const Params& p, const Maps& maps, Share
   barrier_arrive(&shared.q_full);
 }
 
-__device__ __forceinline__ float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-template <typename T>
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-  uint32_t both;
-  if constexpr (IsHalf<T>::value) asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-  else asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-  return both;
-}
-
-// A warpgroup's 64 queries: accumulator i of a product of N columns is row 8 * (i / 2 % 2) + lane / 4 of the warp's 16, column
-// 8 * (i / 4) + lane % 4 * 2 + i % 2.
 template <class S, typename T, Merge kMerge, bool kBury>
-struct Consumer {
-  static constexpr int kScores = S::kKeys / 2, kOut = 64;  // accumulators a thread; the output in chunks of 128 columns or 64
-  static constexpr int kWide = S::kDim % 128 == 0 ? 128 : 64, kChunks = S::kDim / kWide, kChunk = kWide / 2;
+struct Consumer : Attend<S, T, kBury, Consumer<S, T, kMerge, kBury>> {
+  using Base = Attend<S, T, kBury, Consumer>;
+  using Base::group, Base::lane, Base::out, Base::shared, Base::thread, Base::warp, Base::kChunk, Base::kChunks, Base::kScores, Base::kWide;
 
   const Params& p;
   const Maps& maps;
-  Shared<S>& shared;
-  const int group, thread, warp, lane;  // group: 0 or 1
-  float out[kChunks][kChunk];
-  float most[2], sum[2];
 
-  __device__ Consumer(const Params& p, const Maps& maps, Shared<S>& shared)
-      : p(p), maps(maps), shared(shared), group(threadIdx.x / 128 - 1), thread(threadIdx.x % 128), warp(thread / 32), lane(thread % 32) {}
+  __device__ Consumer(const Params& p, const Maps& maps, Shared<S>& shared) : Base(shared, p.scale_log2), p(p), maps(maps) {}
 
   // The queries' memory may be filled anew once both warpgroups are done with it: after the last scores, or after the output.
   static constexpr bool kKeepsQueries = S::kShare && !writes_partial(kMerge);
   __device__ __forceinline__ void release() {
     if (thread == 0) barrier_arrive(&shared.q_empty);
   }
-
-  // Scores of the tile in `stage`: not waited for.
-  __device__ __forceinline__ void score(float (&s)[kScores], int stage) {
-    const uint32_t q = shared_address(shared.q) + group * 64 * 128, k = shared_address(shared.k[stage]);
-    pin(s);
-    products_fence();
-#pragma unroll
-    for (int b = 0; b < S::kBlocks; ++b)
-#pragma unroll
-      for (int x = 0; x < 4; ++x)
-        product_shared<T>(s, descriptor(q + b * S::kQueryBlock + 32 * x, 16), descriptor(k + b * S::kKeyBlock + 32 * x, 16), b + x > 0);
-    products_commit();
-  }
-
-  __device__ __forceinline__ void weigh(const uint32_t (&weights)[S::kKeys / 16][4], int stage) {
-    const uint32_t v = shared_address(shared.v[stage]);
-#pragma unroll
-    for (int c = 0; c < kChunks; ++c) pin(out[c]);
-    products_fence();
-#pragma unroll
-    for (int x = 0; x < S::kKeys / 16; ++x)
-#pragma unroll
-      for (int c = 0; c < kChunks; ++c)
-        product_registers<T>(out[c], weights[x], descriptor(v + c * (kWide / 64) * S::kKeyBlock + 2048 * x, S::kKeyBlock));
-    products_commit();
+  __device__ __forceinline__ void scored_last() {
+    if constexpr (!kKeepsQueries) release();
   }
 
   __device__ __forceinline__ void hide(float (&s)[kScores], int mask) {
@@ -169,152 +94,34 @@ struct Consumer {
 #pragma unroll
     for (int r = 0; r < 2; ++r)
 #pragma unroll
-      for (int w = 0; w < kWords; ++w) {
-        const uint64_t bits = words[r * 8 * kWords + w] >> (lane % 4 * 2);
-        const uint32_t half[2] = {static_cast<uint32_t>(bits), static_cast<uint32_t>(bits >> 32)};
-#pragma unroll
-        for (int c = 0; c < 8; ++c)
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            float& score = s[32 * w + 4 * c + 2 * r + e];
-            score = half[c / 4] >> (c % 4 * 8 + e) & 1 ? score : -INFINITY;
-          }
-      }
+      for (int w = 0; w < kWords; ++w) this->hide_word(s, r, w, words[r * 8 * kWords + w]);
   }
 
   // Values that no query sees become 0: their weight is 0, but they may be NaN.
   __device__ __forceinline__ void bury(int mask, int stage) {
     constexpr int kWords = S::kKeys / 64;
     for (int key = thread; key < S::kKeys; key += 128)
-      if (p.tables.dead[int64_t{mask} * kWords + key / 64] >> (key % 64) & 1)
-#pragma unroll
-        for (int b = 0; b < S::kBlocks; ++b)
-#pragma unroll
-          for (int x = 0; x < 8; ++x) reinterpret_cast<uint4*>(shared.v[stage] + b * S::kKeyBlock + key * 128)[x] = uint4{0, 0, 0, 0};
+      if (p.tables.dead[int64_t{mask} * kWords + key / 64] >> (key % 64) & 1) this->zero_value(key, stage);
     fence_async();
     named_sync<128>(4 + group);
   }
 
-  // Scores become weights in place; returns what earlier sums and outputs are worth now.
-  __device__ __forceinline__ void soften(float (&s)[kScores], float (&worth)[2]) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float top = most[r];
-#pragma unroll
-      for (int i = 0; i < kScores; i += 4) top = fmaxf(top, fmaxf(s[i + 2 * r], s[i + 2 * r + 1]));
-      top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-      top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-      const float base = top == -INFINITY ? 0.0f : top * p.scale_log2;
-      worth[r] = exp2_fast(most[r] * p.scale_log2 - base);
-      most[r] = top;
-      float added = 0;
-#pragma unroll
-      for (int i = 0; i < kScores; i += 4)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float& x = s[i + 2 * r + e];
-          x = exp2_fast(fmaf(x, p.scale_log2, -base));
-          added += x;
-        }
-      sum[r] = sum[r] * worth[r] + added;
-    }
-  }
-
-  __device__ __forceinline__ void rescale(const float (&worth)[2]) {
-#pragma unroll
-    for (int c = 0; c < kChunks; ++c)
-#pragma unroll
-      for (int i = 0; i < kChunk; ++i) out[c][i] *= worth[i / 2 % 2];
-  }
-
-  __device__ __forceinline__ void convert(uint32_t (&weights)[S::kKeys / 16][4], const float (&s)[kScores]) {
-#pragma unroll
-    for (int x = 0; x < S::kKeys / 16; ++x)
-#pragma unroll
-      for (int j = 0; j < 4; ++j) weights[x][j] = pack<T>(s[8 * x + 2 * j], s[8 * x + 2 * j + 1]);
-  }
-
-  // The two warpgroups take turns at the tensor cores: one multiplies while the other is at its softmax.
-  __device__ __forceinline__ void my_turn() { named_sync<256>(2 + group); }
-  __device__ __forceinline__ void your_turn() { named_arrive<256>(2 + (group ^ 1)); }
-
   __device__ void run() {
     Ring<S::kStages> k_ring, v_ring;
     uint32_t q_phase = 0;
-    if (group == 1) your_turn();
+    if (group == 1) this->your_turn();
     for (;; q_phase ^= 1) {
       barrier_wait(&shared.q_full, q_phase);
       const int item = shared.item;
       if (item < 0) break;
       const bool has_tiles = shared.has_tiles;
-#pragma unroll
-      for (int r = 0; r < 2; ++r) most[r] = -INFINITY, sum[r] = 0;
-#pragma unroll
-      for (int c = 0; c < kChunks; ++c)
-#pragma unroll
-        for (int i = 0; i < kChunk; ++i) out[c][i] = 0;
-      if (has_tiles) attend(k_ring, v_ring);
+      this->begin();
+      if (has_tiles) this->attend(k_ring, v_ring);
       else named_sync<128>(4 + group);  // all have read what `release` gives away
-      if (!has_tiles && !kKeepsQueries) release();
+      if (!has_tiles) scored_last();
       finish(item);
     }
-    if (group == 0) my_turn();  // leaves no arrival behind
-  }
-
-  __device__ __forceinline__ void attend(Ring<S::kStages>& k_ring, Ring<S::kStages>& v_ring) {
-    float s[kScores], worth[2];
-    uint32_t weights[S::kKeys / 16][4];
-    barrier_wait(&shared.k_full[k_ring.stage], k_ring.phase);
-    int mark = shared.mask[k_ring.stage];
-    my_turn();
-    score(s, k_ring.stage);
-    products_wait<0>();
-    pin(s);
-    your_turn();
-    bool last = mark & kLast;
-    if (thread == 0) barrier_arrive(&shared.k_empty[k_ring.stage]);
-    if (last && !kKeepsQueries) release();
-    k_ring.next();
-    if ((mark & kFull) != kFull) hide(s, mark & kFull);
-    soften(s, worth);
-    convert(weights, s);
-    while (!last) {
-      const int earlier = mark;
-      barrier_wait(&shared.k_full[k_ring.stage], k_ring.phase);
-      mark = shared.mask[k_ring.stage];
-      last = mark & kLast;
-      if (kBury && earlier & kDead) {
-        barrier_wait(&shared.v_full[v_ring.stage], v_ring.phase);
-        bury(earlier & kFull, v_ring.stage);
-      }
-      my_turn();
-      score(s, k_ring.stage);
-      barrier_wait(&shared.v_full[v_ring.stage], v_ring.phase);
-      weigh(weights, v_ring.stage);
-      your_turn();
-      products_wait<1>();
-      pin(s);
-      if (thread == 0) barrier_arrive(&shared.k_empty[k_ring.stage]);
-      if (last && !kKeepsQueries) release();
-      k_ring.next();
-      if ((mark & kFull) != kFull) hide(s, mark & kFull);
-      soften(s, worth);
-      products_wait<0>();
-#pragma unroll
-      for (int c = 0; c < kChunks; ++c) pin(out[c]);
-      if (thread == 0) barrier_arrive(&shared.v_empty[v_ring.stage]);
-      v_ring.next();
-      convert(weights, s);
-      rescale(worth);
-    }
-    barrier_wait(&shared.v_full[v_ring.stage], v_ring.phase);
-    if (kBury && mark & kDead) bury(mark & kFull, v_ring.stage);
-    weigh(weights, v_ring.stage);
-    products_wait<0>();
-#pragma unroll
-    for (int c = 0; c < kChunks; ++c) pin(out[c]);
-    if (thread == 0) barrier_arrive(&shared.v_empty[v_ring.stage]);
-    v_ring.next();
+    if (group == 0) this->my_turn();  // leaves no arrival behind
   }
 
   // Divide by the sum, merge with an earlier part, write.
@@ -322,28 +129,24 @@ struct Consumer {
     const int batch = item / p.tables.n_work;
     const Work w = p.tables.work[item - batch * p.tables.n_work];
     const int first = S::kQueries * w.tile + group * 64 + warp * 16 + lane / 4;  // of the view's rows
-    float keep[2], earlier[2] = {0, 0};
+    float keep[2], lse[2], earlier[2] = {0, 0};
+    this->close(keep, lse);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      sum[r] += __shfl_xor_sync(~0u, sum[r], 1);
-      sum[r] += __shfl_xor_sync(~0u, sum[r], 2);
-      const bool nothing = sum[r] == 0;
-      keep[r] = nothing ? 0 : 1 / sum[r];
-      float lse = nothing ? -INFINITY : (most[r] * p.scale_log2 + __log2f(sum[r])) * 0.6931471805599453f;
       const int step = first + 8 * r;
       if (step < w.q_count && p.lse) {
         float* place = p.lse + (int64_t{batch} * p.heads + w.head) * p.q_len + w.q_first + int64_t{w.stride} * step;
         if constexpr (reads_partial(kMerge)) {
-          const float before = *place, top = fmaxf(lse, before);
+          const float before = *place, top = fmaxf(lse[r], before);
           if (top != -INFINITY) {
-            const float mine = __expf(lse - top), theirs = __expf(before - top), all = mine + theirs;
+            const float mine = __expf(lse[r] - top), theirs = __expf(before - top), all = mine + theirs;
             keep[r] *= mine / all;
             earlier[r] = theirs / all;
-            lse = top + __logf(all);
+            lse[r] = top + __logf(all);
           }
         }
         __syncwarp(0xFu << (lane / 4 * 4));  // all four have read what one of them writes
-        if (lane % 4 == 0) *place = lse;
+        if (lane % 4 == 0) *place = lse[r];
       }
     }
     const int64_t base = (int64_t{batch} * p.heads + w.head) * p.q_len + w.q_first;
@@ -417,17 +220,7 @@ template <class S, typename T, Merge kMerge, bool kBury>
 __global__ void __launch_bounds__(S::kThreads, 1) forward(const __grid_constant__ Maps maps, const Params p) {
   extern __shared__ uint8_t raw[];
   auto& shared = *reinterpret_cast<Shared<S>*>((reinterpret_cast<uintptr_t>(raw) + 1023) / 1024 * 1024);
-  if (threadIdx.x == 0) {
-    barrier_init(&shared.q_full, 1);
-    barrier_init(&shared.q_empty, 2);
-    for (int s = 0; s < S::kStages; ++s) {
-      barrier_init(&shared.k_full[s], 1);
-      barrier_init(&shared.v_full[s], 1);
-      barrier_init(&shared.k_empty[s], 2);
-      barrier_init(&shared.v_empty[s], 2);
-    }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  }
+  if (threadIdx.x == 0) init_barriers(shared);
   __syncthreads();
   if (threadIdx.x < 128) {
     registers_fewer<24>();

@@ -1,0 +1,34 @@
+// A few queries over a cache of keys and values, as plain C++ sees it; sparse_attention/decode.py says what it means.
+#pragma once
+#include <cstdint>
+
+#include "tile.h"
+
+namespace sparse_attention {
+
+// Device pointers. Rows: the queries of one group of heads, head by head: row r is query r % q_len of head kv_head * group + r / q_len.
+struct Decode {
+  Strided q, out;  // [batch, heads, q_len, head_dim]
+  Strided k, v;    // [batch, kv_heads, capacity, head_dim], or [pages, kv_heads, page, head_dim] with a block table: batch is then a page's stride
+  float* lse;      // [batch, heads, q_len]
+  float* part_out;  // [splits, batch, kv_heads, rows, head_dim] and
+  float* part_lse;  // [splits, batch, kv_heads, rows] where there is more than one split
+  const int64_t* lengths;     // [batch]: keys, the new ones included
+  const uint64_t* ancestors;  // [ancestor_batch, q_len, words] or null: causal among the new ones
+  const int32_t* block_table;  // [batch, table_width] or null
+  int32_t batch, heads, kv_heads, q_len, head_dim;
+  int32_t capacity;  // keys that a request may have
+  int32_t page, pages, table_width;  // without a table: capacity, batch, 0
+  int32_t ancestor_batch, words;
+  int32_t window, sinks;  // window: -1 for none
+  int32_t splits;
+  float scale;  // above 0
+};
+
+// All return a cudaError_t.
+namespace sm90 {
+int decode_bf16(const Decode& d, void* stream);
+int decode_f16(const Decode& d, void* stream);
+}  // namespace sm90
+
+}  // namespace sparse_attention

@@ -1,0 +1,7 @@
+#include "decode_launch.cuh"
+
+namespace sparse_attention::sm90 {
+
+int decode_f16(const Decode& d, void* stream) { return launch_decode<__half>(d, static_cast<cudaStream_t>(stream)); }
+
+}  // namespace sparse_attention::sm90
