@@ -25,7 +25,7 @@ struct Shape {
   static constexpr bool kFolds = sizeof(T) >= 4;
   static constexpr int kFold = 16 * kStep;
   // Blocks that a multiprocessor should hold: bytes in flight are what hides the latency of the L2 cache.
-  static constexpr int kBlocks = kHeads > 1 || sizeof(T) == 8 || !kAligned ? 2 : kElements > 8 ? 3 : 4;
+  static constexpr int kBlocks = kHeads > 1 || sizeof(T) == 8 || !kAligned ? 2 : kElements <= 8 ? 4 : kApart ? 2 : 3;
   using State = Softmax<A, kHeads, kElements>;
 };
 
