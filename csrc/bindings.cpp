@@ -1,4 +1,4 @@
-// Between Python and the engines: checks, allocation, and the params. Only this file and eagle_bindings.cpp include torch.
+// Between Python and the engines: checks, allocation, and the params. Only the files named *bindings.cpp include torch.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -206,7 +206,8 @@ std::tuple<Tensor, Tensor, Tensor> gather_backward(const Tensor& dout, const std
 }  // namespace sparse_attention::bindings
 
 namespace sparse_attention::bindings {
-void bind_eagle(py::module_&);  // eagle_bindings.cpp
+void bind_eagle(py::module_&);   // eagle_bindings.cpp
+void bind_decode(py::module_&);  // decode_bindings.cpp
 }
 
 PYBIND11_MODULE(_kernels, m) {
@@ -221,4 +222,5 @@ PYBIND11_MODULE(_kernels, m) {
   m.def("gather_forward", &sa::gather_forward);
   m.def("gather_backward", &sa::gather_backward);
   sa::bind_eagle(m);
+  sa::bind_decode(m);
 }

@@ -80,7 +80,7 @@ def _native(q: Tensor, impl: str):
     obstacle = None if 8 <= q.shape[3] <= 256 and q.shape[3] % 8 == 0 else f"q has head_dim {q.shape[3]}, no multiple of 8 up to 256"
     if q.device.type == "cpu":
         if obstacle is None:
-            return getattr(_build.kernels(), "decode_forward", None)
+            return _build.kernels().decode_forward
     else:
         obstacle = obstacle or f"q is {q.dtype} on {q.device}, which has no compiled kernel for it"
         found = _cuda(q)

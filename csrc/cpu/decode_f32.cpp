@@ -1,0 +1,5 @@
+#include "decode_forward.h"
+
+namespace sparse_attention {
+template void decode_forward<float>(const DecodeParams&);
+}  // namespace sparse_attention
