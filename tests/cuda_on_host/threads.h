@@ -30,7 +30,7 @@ struct uint4 {
   uint32_t x, y, z, w;
 };
 struct Index {
-  uint32_t x;
+  uint32_t x, y = 0, z = 0;
 };
 inline Index threadIdx, blockIdx, gridDim;
 

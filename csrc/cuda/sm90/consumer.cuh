@@ -48,21 +48,7 @@ __device__ __forceinline__ void init_barriers(Shared<S>& shared, int bringers = 
     barrier_init(&shared.k_empty[s], 2);
     barrier_init(&shared.v_empty[s], 2);
   }
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-
-__device__ __forceinline__ float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-template <typename T>
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-  uint32_t both;
-  if constexpr (IsHalf<T>::value) asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-  else asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-  return both;
+  barriers_ready();
 }
 
 // A warpgroup's 64 queries: accumulator i of a product of N columns is row 8 * (i / 2 % 2) + lane / 4 of the warp's 16, column

@@ -18,7 +18,8 @@ __device__ __forceinline__ uint64_t low_bits(int count) { return count >= 64 ? ~
 template <class S>
 struct Span {
   const Decode& d;
-  const uint64_t* ancestors;  // of this request
+  const uint64_t* ancestors;  // of this request, as is
+  const int32_t* table;       // its pages, or null
   int length, prefix;         // keys, and those before the new ones
   int low;                    // the first key that a window leaves, sinks aside
   int sink_tiles, window_tile;
@@ -26,7 +27,8 @@ struct Span {
 
   __device__ Span(const Decode& d, int batch, int split) : d(d) {
     const int64_t wanted = d.lengths[batch];
-    length = static_cast<int>(wanted < 0 ? 0 : wanted > d.capacity ? d.capacity : wanted);
+    length = static_cast<int>(wanted < 0 || wanted > d.capacity ? 0 : wanted);
+    table = d.block_table ? d.block_table + int64_t{batch} * d.table_width : nullptr;
     prefix = length - d.q_len;
     low = d.window < 0 ? 0 : max(0, prefix - d.window + 1);
     ancestors = d.ancestors ? d.ancestors + int64_t{d.ancestor_batch == 1 ? 0 : batch} * d.q_len * d.words : nullptr;
@@ -44,8 +46,14 @@ struct Span {
   __device__ __forceinline__ bool full(int tile) const {
     const int begin = tile * S::kKeys, end = begin + S::kKeys;
     const bool behind_all = d.window < 0 || end <= d.sinks || begin > prefix + d.q_len - 1 - d.window;
-    return end <= prefix && behind_all;
+    if (end > prefix || !behind_all) return false;
+    for (int key = begin; table && key < end; key += d.page)
+      if (!there(key)) return false;
+    return true;
   }
+
+  // Whether a key's page is one of the cache's.
+  __device__ __forceinline__ bool there(int key) const { return !table || static_cast<uint32_t>(table[key / d.page]) < static_cast<uint32_t>(d.pages); }
 
   // The query of a row; -1 for a row past the end, a query before the first key, and a node that is none.
   __device__ __forceinline__ int query_of(int row) const {
@@ -66,7 +74,7 @@ struct Span {
 
   // Whether any query may see a key.
   __device__ __forceinline__ bool alive(int key) const {
-    if (key >= length || (key < low && key >= d.sinks)) return false;
+    if (key >= length || (key < low && key >= d.sinks) || !there(key)) return false;
     return !ancestors || key < prefix || node_alive(key - prefix);
   }
 
@@ -87,6 +95,8 @@ struct Span {
       bits &= low_bits(d.q_len - base);
     }
     if (d.window >= 0) bits &= ~low_bits(depth - d.window + 1 - base) | low_bits(d.sinks - prefix - base);
+    for (int key = 0; table && key < 64; key += min(64, d.page))
+      if (const int at = prefix + base + key; at < length && !there(max(0, at))) bits &= ~(low_bits(key + min(64, d.page)) & ~low_bits(key));
     return bits & ~low_bits(-prefix - base);  // no key stands before the first
   }
 };
@@ -110,7 +120,7 @@ __device__ __forceinline__ void copy_cache(const Span<S>& span, const CacheMaps&
     for (int row = 0; row < S::kKeys; row += rows) {
       int page = batch, at = tile * S::kKeys + row;
       if (d.block_table) {
-        page = d.block_table[int64_t{batch} * d.table_width + min(at / d.page, newest)];
+        page = span.table[min(at / d.page, newest)];
         page = min(max(page, 0), d.pages - 1), at %= d.page;
       }
 #pragma unroll

@@ -1,0 +1,151 @@
+// The kernels of the sm90 tier as functions of a host library, for tests/test_cuda_sm90_on_host.py, which knows the order of the arguments.
+#include "sm90/decode.cuh"
+#include "sm90/forward.cuh"
+
+using namespace sparse_attention;
+using namespace sparse_attention::sm90;
+
+namespace {
+
+// As maps.cuh has it: boxes of the sequences with floor(length / stride) steps, or of those with one more.
+CUtensorMap map_of(const Strided& x, int head_dim, int heads, int batch, int length, int stride, bool longer, int rows) {
+  const int residues = longer ? length % stride : stride, steps = length / stride + longer;
+  return {static_cast<uint8_t*>(x.data), {head_dim, residues, steps, heads, batch}, {1, x.row, x.row * stride, x.head, x.batch}, rows};
+}
+
+// Runs `body(shared)` in every thread of one block whose shared memory begins as NaN.
+template <class Memory, class Body>
+void run_block(int threads, int seed, Body body) {
+  const std::unique_ptr<uint8_t, void (*)(void*)> memory(static_cast<uint8_t*>(std::aligned_alloc(1024, sizeof(Memory))), std::free);
+  shared_memory = memory.get();
+  std::memset(shared_memory, 0xFF, sizeof(Memory));
+  new_block(threads, seed);
+  std::mt19937 random(seed);
+  auto& shared = *reinterpret_cast<Memory*>(shared_memory);
+  host::run_block(threads, random, [&] { body(shared); });
+  if (!engine.copies.empty()) throw std::runtime_error("a copy was never waited for");
+  for (const auto& [id, at] : engine.named)
+    if (at.arrived) throw std::runtime_error("an arrival is left at a named barrier");
+}
+
+template <class S>
+void decode_all(const Decode& d, const CacheMaps& maps, int seed) {
+  const int rows = d.heads / d.kv_heads * d.q_len, tiles = (rows + S::kQueries - 1) / S::kQueries;
+  for (uint32_t split = 0; split < uint32_t(d.splits); ++split)
+    for (uint32_t y = 0; y < uint32_t(d.kv_heads * tiles); ++y)
+      for (uint32_t batch = 0; batch < uint32_t(d.batch); ++batch) {
+        blockIdx = {split, y, batch};
+        const Span<S> span(d, batch, split);
+        run_block<Decoding<S>>(S::kThreads, seed++, [&](Decoding<S>& shared) {
+          if (threadIdx.x == 0) init_barriers(shared, 2);
+          __syncthreads();
+          if (threadIdx.x >= 128) return Decoder<S, __nv_bfloat16>(span, shared, d.scale * 1.4426950408889634f, y % tiles).run();
+          if (threadIdx.x == 0) copy_cache<S>(span, maps, shared, y / tiles, batch);
+          if (threadIdx.x / 32 == 1) make_masks<S>(span, shared, y % tiles);
+        });
+      }
+  if (d.splits == 1) return;
+  for (uint32_t x = 0; x < uint32_t(rows + 3) / 4; ++x)
+    for (uint32_t y = 0; y < uint32_t(d.kv_heads); ++y)
+      for (uint32_t z = 0; z < uint32_t(d.batch); ++z) {
+        blockIdx = {x, y, z};
+        std::mt19937 random(seed++);
+        host::run_block(128, random, [&] { join<__nv_bfloat16>(d); });
+      }
+}
+
+template <class S, Merge kMerge, bool kBury>
+void forward_all(const Params& p, const Maps& maps, int blocks, int seed) {
+  gridDim.x = blocks;
+  for (uint32_t block = 0; block < uint32_t(blocks); ++block) {
+    blockIdx = {block};
+    run_block<Shared<S>>(S::kThreads, seed++, [&](Shared<S>& shared) {
+      if (threadIdx.x == 0) init_barriers(shared);
+      __syncthreads();
+      if (threadIdx.x >= 128) return Consumer<S, __nv_bfloat16, kMerge, kBury>(p, maps, shared).run();
+      if (threadIdx.x == 0) produce<S>(p, maps, shared);
+    });
+  }
+}
+
+template <class S, bool kBury>
+void forward_merge(Merge merge, const Params& p, const Maps& maps, int blocks, int seed) {
+  switch (merge) {
+    case kAlone: return forward_all<S, kAlone, kBury>(p, maps, blocks, seed);
+    case kFirstPart: return forward_all<S, kFirstPart, kBury>(p, maps, blocks, seed);
+    case kMiddlePart: return forward_all<S, kMiddlePart, kBury>(p, maps, blocks, seed);
+    default: return forward_all<S, kLastPart, kBury>(p, maps, blocks, seed);
+  }
+}
+
+template <class F>
+int guarded(F run) {
+  try {
+    run();
+  } catch (const std::exception&) {
+    return 1;
+  }
+  return 0;
+}
+
+}  // namespace
+
+extern "C" int decode(void** pointers, const int64_t* strides, const int32_t* sizes, float scale, int seed) {
+  Decode d{};
+  Strided* tensors[4] = {&d.q, &d.out, &d.k, &d.v};
+  for (int i = 0; i < 4; ++i) *tensors[i] = {pointers[i], strides[3 * i], strides[3 * i + 1], strides[3 * i + 2]};
+  d.lse = static_cast<float*>(pointers[4]), d.part_out = static_cast<float*>(pointers[5]), d.part_lse = static_cast<float*>(pointers[6]);
+  d.lengths = static_cast<const int64_t*>(pointers[7]), d.ancestors = static_cast<const uint64_t*>(pointers[8]);
+  d.block_table = static_cast<const int32_t*>(pointers[9]);
+  int32_t* fields[] = {&d.batch, &d.heads, &d.kv_heads, &d.q_len, &d.head_dim, &d.capacity, &d.page, &d.pages, &d.table_width,
+                       &d.ancestor_batch, &d.words, &d.window, &d.sinks, &d.splits};
+  for (int i = 0; i < 14; ++i) *fields[i] = sizes[i];
+  d.scale = scale;
+  return guarded([&] {
+    const auto all = [&]<class S>(S) {
+      const int box = std::min(S::kKeys, d.block_table ? d.page : S::kKeys);
+      const CacheMaps maps{map_of(d.k, d.head_dim, d.kv_heads, d.pages, d.page, 1, false, box),
+                           map_of(d.v, d.head_dim, d.kv_heads, d.pages, d.page, 1, false, box)};
+      decode_all<S>(d, maps, seed);
+    };
+    if (d.head_dim <= 64) all(Shape<64, 128, 4>{});
+    else if (d.head_dim <= 128) all(Shape<128, 128, 2>{});
+    else all(Shape<256, 64, 2>{});
+  });
+}
+
+extern "C" int forward(void** pointers, const int64_t* strides, const int32_t* sizes, float scale, int blocks, int seed) {
+  Strided q, k, v, out, *tensors[4] = {&q, &k, &v, &out};
+  for (int i = 0; i < 4; ++i) *tensors[i] = {pointers[i], strides[3 * i], strides[3 * i + 1], strides[3 * i + 2]};
+  Params p{};
+  p.partial = static_cast<float*>(pointers[4]), p.lse = static_cast<float*>(pointers[5]);
+  Tables& t = p.tables;
+  t.work = static_cast<const Work*>(pointers[6]), t.starts = static_cast<const int32_t*>(pointers[7]);
+  t.row_start = static_cast<const int32_t*>(pointers[8]), t.runs = static_cast<const Run*>(pointers[9]);
+  t.masks = static_cast<const uint64_t*>(pointers[10]), t.dead = static_cast<const uint64_t*>(pointers[11]);
+  t.marks = static_cast<const int32_t*>(pointers[12]);
+  t.bits = static_cast<const uint64_t*>(pointers[13]), t.order = static_cast<const int32_t*>(pointers[14]);
+  t.n_work = sizes[0], t.batch = sizes[1], p.heads = sizes[2], p.group = sizes[2] / sizes[3], p.q_len = sizes[4];
+  const int kv_len = sizes[5], keys = sizes[7], stride = sizes[13];
+  const Merge merge = static_cast<Merge>(sizes[8]);
+  p.head_dim = sizes[6];
+  t.bit_heads = sizes[9], t.bit_rows = sizes[10], t.bit_words = sizes[11], t.bit_masks = sizes[12];
+  const bool has_dead = sizes[14];
+  p.scale_log2 = scale * 1.4426950408889634f;
+  Maps maps{};
+  for (const bool longer : {false, true}) {
+    maps.q[longer] = map_of(q, p.head_dim, p.heads, t.batch, p.q_len, stride, longer, kTileQueries);
+    maps.out[longer] = map_of(out, p.head_dim, p.heads, t.batch, p.q_len, stride, longer, kTileQueries / 2);
+    maps.k[longer] = map_of(k, p.head_dim, sizes[3], t.batch, kv_len, stride, longer, keys);
+    maps.v[longer] = map_of(v, p.head_dim, sizes[3], t.batch, kv_len, stride, longer, keys);
+  }
+  return guarded([&] {
+    const auto all = [&]<class S>(S) {
+      has_dead ? forward_merge<S, true>(merge, p, maps, blocks, seed) : forward_merge<S, false>(merge, p, maps, blocks, seed);
+    };
+    if (keys == 128) p.head_dim <= 64 ? all(Shape<64, 128, 4>{}) : all(Shape<128, 128, 2>{});
+    else if (p.head_dim <= 64) all(Shape<64, 64, 4>{});
+    else if (p.head_dim <= 128) all(Shape<128, 64, 4>{});
+    else all(Shape<256, 64, 2>{});
+  });
+}
