@@ -5,6 +5,7 @@ from sparse_attention.eagle.commit import commit
 from sparse_attention.eagle.draft import cumulative_topk, logsoftmax_topk
 from sparse_attention.eagle.kv_cache import append, retrieve
 from sparse_attention.eagle.mask import tree_mask
+from sparse_attention.eagle.optimize import eagle_hits, optimize_eagle, restore_eagle
 from sparse_attention.eagle.outputs import Committed, DraftTree, Frontier, TopK, Verified, empty_tree
 from sparse_attention.eagle.paths import trim_retrieve_indices
 from sparse_attention.eagle.philox import uniforms
@@ -30,10 +31,13 @@ __all__ = [
     "build_tree",
     "commit",
     "cumulative_topk",
+    "eagle_hits",
     "empty_tree",
     "engines_view",
     "generate_tree_buffers",
     "logsoftmax_topk",
+    "optimize_eagle",
+    "restore_eagle",
     "retrieve",
     "select_tree",
     "tree_mask",

@@ -1,0 +1,70 @@
+"""optimize_eagle on a third party's EAGLE: eagle-llm 1.2.1 from PyPI, a static tree of 26 nodes."""
+
+import itertools
+
+import pytest
+import torch
+
+from sparse_attention.eagle import EAGLE1_MC_SIM_7B_63, eagle_hits, generate_tree_buffers, optimize_eagle, restore_eagle
+from tests import eagle_llm
+
+
+@pytest.fixture(scope="module")
+def model_and_prompts(tmp_path_factory):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with eagle_llm.imported() as ea_model:
+        base, draft = eagle_llm.checkpoint(tmp_path_factory.mktemp("eagle-llm"))
+        model = ea_model.EaModel.from_pretrained(base_model_path=str(base), ea_model_path=str(draft)).eval()
+        prompts = torch.randint(127, (3, 10), generator=torch.Generator().manual_seed(1))
+        tokens = prompts
+        with torch.no_grad():
+            for _ in range(40):
+                tokens = torch.cat([tokens, model.base_model.lm_head(model.base_model.model(tokens)[0][:, -1:]).argmax(-1)], 1)
+        eagle_llm.overfit(model, tokens)
+        yield model, [p[None] for p in prompts]
+    torch.set_num_threads(threads)
+
+
+def generated(model, prompt, **options):
+    return model.eagenerate(prompt, max_new_tokens=30, max_length=200, **options)
+
+
+def test_greedy_output_is_the_unpatched_models(model_and_prompts):
+    model, prompts = model_and_prompts
+    plain = [generated(model, p) for p in prompts]
+    before = [list(vars(m).items()) for m in model.modules()]
+    model, original = optimize_eagle(model)
+    assert set(original) == {"eagenerate", "ea_generate", "ea_layer.topK_genrate"}
+    patched = [generated(model, p) for p in prompts]
+    streamed = [list(itertools.islice(model.ea_generate(p), 4)) for p in prompts]
+    hits = eagle_hits(model)
+    restore_eagle(model, original)
+    for a, b, stream in zip(plain, patched, streamed):
+        assert torch.equal(a, b)
+        assert all(torch.equal(part, a[:, : part.shape[1]]) for part in stream)
+    assert set(hits) == {"logsoftmax_topk", "verify_greedy", "commit"}
+    assert hits["verify_greedy"] == hits["commit"] and hits["logsoftmax_topk"] == 5 * (hits["commit"] + 2 * len(prompts))
+    new = sum(p.shape[1] for p in patched) - sum(p.shape[1] for p in prompts) + sum(s[-1].shape[1] - 10 for s in streamed)
+    assert new / hits["commit"] > 1.5  # tokens a step: the draft is good enough for the tree to matter
+    after = [list(vars(m).items()) for m in model.modules()]
+    assert [[k for k, _ in d] for d in after] == [[k for k, _ in d] for d in before]
+    assert "eagenerate" not in vars(model) and "topK_genrate" not in vars(model.ea_layer)
+
+
+def test_sampling_keeps_eagles_own_rule(model_and_prompts):
+    model, prompts = model_and_prompts
+    model, original = optimize_eagle(model)
+    torch.manual_seed(0)
+    out = generated(model, prompts[0], temperature=1.0)
+    hits = eagle_hits(model)
+    restore_eagle(model, original)
+    assert out.shape[1] > 30 and set(hits) == {"commit"}
+
+
+def test_static_buffers_are_eagles(model_and_prompts):
+    from eagle.model.utils import generate_tree_buffers as upstream
+
+    theirs, ours = upstream(EAGLE1_MC_SIM_7B_63, device="cpu"), generate_tree_buffers(EAGLE1_MC_SIM_7B_63)
+    for name in ("tree_attn_mask", "tree_indices", "tree_position_ids", "retrieve_indices"):
+        assert torch.equal(theirs[name], getattr(ours, name)), name
