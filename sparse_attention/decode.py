@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_attention import _build
+from sparse_attention import _build, decode_cuda
 from sparse_attention.decode_checks import check_block_table, check_lengths, check_sizes, check_tree, refuse_gradients
 from sparse_attention.decode_reference import decode_reference
 from sparse_attention.eagle.checks import IMPLS, check_choice, check_integer
@@ -67,34 +67,25 @@ def decode(
     window = -1 if window is None else check_integer("window", window, 1)
     sinks = check_integer("sinks", sinks, 0)
     scale = q.shape[3] ** -0.5 if scale is None else check_scale(scale)
-    native = _native(q, impl)
-    run = decode_reference if native is None else native
+    run = _engine(q, k_cache, v_cache, words, window, impl)
     out, lse = run(q, k_cache, v_cache, lengths, words, window, sinks, block_table, scale)
     return (out, lse) if return_lse else out
 
 
-def _native(q: Tensor, impl: str):
-    """The compiled engine for q, or None for the reference."""
+def _engine(q: Tensor, k_cache: Tensor, v_cache: Tensor, ancestors: Tensor | None, window: int, impl: str):
+    """The compiled engine of q's device where it takes the call, or the reference."""
     if impl == "reference":
-        return None
-    obstacle = None if 8 <= q.shape[3] <= 256 and q.shape[3] % 8 == 0 else f"q has head_dim {q.shape[3]}, no multiple of 8 up to 256"
-    if q.device.type == "cpu":
+        return decode_reference
+    if q.shape[3] % 8 or not 8 <= q.shape[3] <= 256:
+        obstacle = f"q has head_dim {q.shape[3]}, no multiple of 8 up to 256"
+    elif q.device.type == "cpu":
+        return _build.kernels().decode_forward
+    elif q.device.type == "cuda":
+        obstacle = decode_cuda.obstacle(q, k_cache, v_cache, ancestors, window)
         if obstacle is None:
-            return _build.kernels().decode_forward
+            return decode_cuda.forward
     else:
-        obstacle = obstacle or f"q is {q.dtype} on {q.device}, which has no compiled kernel for it"
-        found = _cuda(q)
-        if found is not None:
-            return found
+        obstacle = f"q is on {q.device}"
     if impl == "native":
         raise ValueError(f"impl is 'native', but {obstacle}; use impl='reference'")
-    return None
-
-
-def _cuda(q: Tensor):
-    """`decode_forward` of the CUDA module where that takes q."""
-    from sparse_attention.eagle.native import _cuda as module
-
-    if q.device.type != "cuda" or q.dtype == torch.float64 or q.shape[3] % 8 or not 8 <= q.shape[3] <= 256:
-        return None
-    return getattr(module(q.device), "decode_forward", None)
+    return decode_reference

@@ -1,0 +1,147 @@
+"""Decoding on a CUDA device: against the reference in float64, NaN past the end, pages, graphs that replay as the cache grows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import sparse_attention as sa
+from sparse_attention.decode import decode
+from sparse_attention.eagle import tree_mask
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+if torch.cuda.get_device_capability() != (9, 0):
+    pytest.skip(f"needs compute capability 9.0, this is {torch.cuda.get_device_capability()}", allow_module_level=True)
+
+pytestmark = pytest.mark.cuda
+
+
+def tensors(batch, heads, kv_heads, q_len, capacity, head_dim, dtype=torch.bfloat16, seed=0):
+    generator = torch.Generator("cuda").manual_seed(seed)
+    shapes = (heads, q_len), (kv_heads, capacity), (kv_heads, capacity)
+    return [torch.randn(batch, *shape, head_dim, device="cuda", generator=generator).to(dtype) for shape in shapes]
+
+
+def random_tree(nodes, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    parents = [-1] + [int(torch.randint(max(0, n - 8), n, (), generator=generator)) for n in range(1, nodes)]
+    return tree_mask(torch.tensor([parents]), "bits").cuda()
+
+
+def check(q, k, v, lengths, poison=True, **given):
+    lengths = torch.tensor(lengths, device="cuda")
+    right, right_lse = decode(*(x.double() for x in (q, k, v)), lengths, return_lse=True, impl="reference", **given)
+    theirs = decode(q, k, v, lengths, impl="reference", **given)
+    if poison and given.get("block_table") is None:
+        past = torch.arange(k.shape[2], device="cuda")[None, None, :, None] >= lengths[:, None, None, None]
+        k, v = (x.masked_fill(past, torch.nan) for x in (k, v))
+    out, lse = decode(q, k, v, lengths, return_lse=True, impl="native", **given)
+    # The reference computes in float32 and rounds once; two units in the last place, and the rounding of the weights.
+    allowed = 4 * torch.finfo(q.dtype).eps * right.abs().amax(-1, keepdim=True) + 2 * (theirs.double() - right).abs().amax(-1, keepdim=True)
+    assert ((out.double() - right).abs() <= allowed).all(), float((out.double() - right).abs().max())
+    assert torch.equal(lse == -torch.inf, right_lse == -torch.inf)
+    assert (lse.double() - right_lse).nan_to_num(0.0, 0.0, 0.0).abs().max() < 1e-3
+    return out
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("head_dim", (8, 64, 72, 128, 192, 256))
+@pytest.mark.parametrize("nodes", (1, 26, 60, 200))
+def test_trees_after_a_prefix(nodes, head_dim, dtype):
+    q, k, v = tensors(2, 8, 2, nodes, 3000, head_dim, dtype)
+    for lengths in ([nodes, nodes + 1], [nodes + 2048, 3000], [128, 129 + nodes]):
+        check(q, k, v, lengths, ancestors=random_tree(nodes))
+        check(q, k, v, lengths)
+
+
+@pytest.mark.parametrize("heads, kv_heads", ((1, 1), (32, 32), (32, 8), (64, 2), (7, 1)))
+def test_groups(heads, kv_heads):
+    q, k, v = tensors(3, heads, kv_heads, 5, 1000, 128)
+    check(q, k, v, [1000, 5, 700])
+    check(q, k, v, [3, 0, 777])
+
+
+def test_a_thousand_nodes():
+    q, k, v = tensors(1, 4, 1, 1000, 1500, 128)
+    for length in (1000, 1437):
+        check(q, k, v, [length], ancestors=random_tree(1000))
+
+
+@pytest.mark.parametrize("window, sinks", ((1, 0), (100, 4), (4096, 0), (700, 300)))
+def test_windows(window, sinks):
+    q, k, v = tensors(2, 8, 2, 1, 9000, 128)
+    check(q, k, v, [9000, 4100], window=window, sinks=sinks)
+    q, k, v = tensors(2, 8, 2, 26, 9000, 128)
+    check(q, k, v, [9000, 90], window=window, sinks=sinks)
+    if window >= 26:
+        check(q, k, v, [8000, 90], window=window, sinks=sinks, ancestors=random_tree(26))
+
+
+@pytest.mark.parametrize("page", (16, 32, 64, 128, 256))
+def test_pages(page):
+    q, k, v = tensors(2, 8, 2, 13, 2048, 128)
+    width = 2048 // page
+    table = torch.randperm(2 * width + 5, device="cuda")[: 2 * width].view(2, width)
+    paged = [torch.full((2 * width + 5, 2, page, 128), torch.nan, device="cuda", dtype=q.dtype) for _ in range(2)]
+    for to, x in zip(paged, (k, v)):
+        for request in range(2):
+            to[table[request]] = x[request].unflatten(1, (width, page)).transpose(0, 1)
+    lengths = torch.tensor([2048, 333], device="cuda")
+    for given in ({}, {"ancestors": random_tree(13)}, {"window": 100}):
+        want = decode(q, k, v, lengths, impl="native", **given)
+        for kind in (table, table.int()):
+            assert torch.equal(decode(q, *paged, lengths, block_table=kind, impl="native", **given), want)
+
+
+def test_a_strided_cache_is_read_in_place():
+    cache = torch.randn(2, 4096, 2, 4, 64, device="cuda").bfloat16()  # [batch, capacity, (k, v), kv_heads, head_dim]
+    k, v = (cache[:, :, n].transpose(1, 2) for n in range(2))
+    q = tensors(2, 8, 4, 4, 1, 64)[0]
+    check(q, k, v, [4096, 1000])
+    one = decode(q, k, v, torch.tensor([900, 1000], device="cuda"))
+    assert torch.equal(one, decode(q, k.contiguous(), v.contiguous(), torch.tensor([900, 1000], device="cuda")))
+
+
+def test_a_graph_replays_as_the_cache_grows():
+    q, k, v = tensors(2, 8, 2, 26, 4096, 128)
+    lengths, ancestors = torch.tensor([26, 1000], device="cuda"), random_tree(26)
+    decode(q, k, v, lengths, ancestors=ancestors)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = decode(q, k, v, lengths, ancestors=ancestors)
+    for step, seed in ((0, 1), (17, 2), (3000, 3)):
+        lengths += step
+        ancestors.copy_(random_tree(26, seed))
+        graph.replay()
+        assert torch.equal(out, decode(q, k, v, lengths, ancestors=ancestors))
+        check(q, k, v, lengths.tolist(), ancestors=ancestors)
+
+
+def test_repeats_are_bit_equal_and_nothing_waits():
+    q, k, v = tensors(1, 32, 8, 26, 8192, 128)
+    lengths, ancestors = torch.tensor([8000], device="cuda"), random_tree(26)
+    first = decode(q, k, v, lengths, ancestors=ancestors)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        outs = [decode(q, k, v, lengths, ancestors=ancestors) for _ in range(300)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(first, out) for out in outs)
+
+
+def test_the_tree_is_the_pattern():
+    q, k, v = tensors(1, 8, 2, 26, 1050, 128)
+    parents = [-1] + [max(0, n - 1 - n % 3) for n in range(1, 26)]
+    want = sa.attention(q, k, v, sa.Tree(tuple(parents)), impl="tile")
+    got = decode(q, k, v, 1050, parents=torch.tensor(parents, device="cuda"))
+    assert (got.double() - want.double()).abs().max() < 0.02
+
+
+def test_what_the_kernel_does_not_take():
+    q, k, v = tensors(1, 8, 2, 26, 300, 128)
+    with pytest.raises(ValueError, match="window is 5, less than the 26 nodes"):
+        decode(q, k, v, 300, ancestors=random_tree(26), window=5, impl="native")
+    with pytest.raises(ValueError, match="float32 and the CUDA kernel takes"):
+        decode(q.float(), k.float(), v.float(), 300, impl="native")
+    assert torch.isfinite(decode(q.float(), k.float(), v.float(), 300)).all()
