@@ -9,7 +9,7 @@ from sparse_attention import _build, decode_cuda
 from sparse_attention.decode_checks import check_block_table, check_lengths, check_sizes, check_tree, refuse_gradients
 from sparse_attention.decode_reference import decode_reference
 from sparse_attention.eagle.checks import IMPLS, check_choice, check_integer
-from sparse_attention.validate import check_scale, check_strides
+from sparse_attention.validate import check_scale
 
 
 def decode(
@@ -58,7 +58,6 @@ def decode(
     """
     capacity = check_sizes(q, k_cache, v_cache, block_table)
     refuse_gradients(q, k_cache, v_cache)
-    check_strides(q, k_cache, v_cache)
     check_choice("impl", impl, IMPLS)
     lengths = check_lengths(lengths, q, capacity)
     if block_table is not None:

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from sparse_attention.eagle.checks import FLOATS, INT64, at, check_integer, check_tensor, first
 from sparse_attention.eagle.mask import tree_mask
-from sparse_attention.validate import check_tensors
 
 PAGES = (16, 32, 64, 128, 256)
 MOST_NODES = 1024
@@ -15,7 +14,6 @@ MOST_NODES = 1024
 
 def check_sizes(q: object, k_cache: object, v_cache: object, block_table: object) -> int:
     """That q and the caches fit each other; returns the rows that a request may have."""
-    check_tensors(q, k_cache, v_cache)
     check_tensor("q", q, (None,) * 4, FLOATS)
     batch, heads, _, dim = q.shape
     paged = block_table is not None
@@ -23,6 +21,9 @@ def check_sizes(q: object, k_cache: object, v_cache: object, block_table: object
     check_tensor("v_cache", v_cache, k_cache.shape, (q.dtype,), q, "q")
     if heads % k_cache.shape[1]:
         raise ValueError(f"k_cache has shape {tuple(k_cache.shape)}, {k_cache.shape[1]} heads; expected a divisor of q's {heads} heads")
+    for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
+        if x.stride(3) != 1 and dim > 1:
+            raise ValueError(f"{name} has strides {x.stride()}; expected a contiguous last dimension: call .contiguous()")
     rows = k_cache.shape[2]
     if not paged:
         return rows

@@ -29,7 +29,7 @@ struct LanesScratch {
 template <class A>
 struct LaneBits {
   uint64_t words[kLanes / 64][64];  // by key
-  int low[kLanes / kPanel<A>], high[kLanes / kPanel<A>];
+  int low[kLanes / kPanel<A>], high[kLanes / kPanel<A>];  // low is even: products may take rows in pairs
 
   void of(const Block& block, int count) {
     if (block.masked)
@@ -41,7 +41,7 @@ struct LaneBits {
     for (int panel = 0; panel * kPanel<A> < count; ++panel) {
       low[panel] = block.masked ? block.n : 0, high[panel] = block.masked ? 0 : block.n;
       for (int r = 0; block.masked && r < block.n; ++r)
-        if (lanes(panel, r)) low[panel] = std::min(low[panel], r), high[panel] = r + 1;
+        if (lanes(panel, r)) low[panel] = std::min(low[panel], r & ~1), high[panel] = r + 1;
     }
   }
   uint64_t lanes(int panel, int r) const {
@@ -92,11 +92,13 @@ struct WideProducts {
   explicit WideProducts(const DecodeParams& p) : dim(p.head_dim) {}
 
   void pack(const DecodeParams& p, const Tile& tile, A factor, A* packed) const {
+    const T* queries[kLanes];
+    for (int l = 0; l < tile.count; ++l) queries[l] = tile.row<const T>(p, p.q, l);
     for (int l0 = 0; l0 < ceil_div(tile.count, kPanel<A>) * kPanel<A>; l0 += 8)
       for (int d0 = 0; d0 < dim; d0 += 8) {
         A block[8][8] = {};
         for (int l = 0; l < 8 && l0 + l < tile.count; ++l) {
-          widen(tile.row<const T>(p, p.q, l0 + l) + d0, block[l], 8);
+          widen(queries[l0 + l] + d0, block[l], 8);
           for (int d = 0; d < 8; ++d) block[l][d] *= factor;
         }
         transpose8(block);
@@ -117,12 +119,15 @@ struct WideProducts {
     v = rows(values, block, s.v);
   }
   template <int V>
-  void dot(const A* packed, int panel, int low, int high, A* score) const {
-    decoding::dot<A, V>(k.data + low * k.stride, k.stride, high - low, packed + panel * dim * kPanel<A>, dim, score + low * kPanel<A>);
+  void dot(const A* packed, int panel, int low, int high, A* score, Ahead& ahead) const {
+    decoding::dot<WideOp<A>, V>(k.data + low * k.stride, k.stride, high - low, packed + panel * dim * kPanel<A>, dim, score + low * kPanel<A>,
+                     ahead);
   }
   template <int V>
-  void accumulate(const A* weight, int low, int high, const A* decay, A* total) const {
-    decoding::accumulate<A, V>(v.data, v.stride, low, high, weight, dim, decay, total);
+  void round(A*, int, int) const {}
+  template <int V>
+  void accumulate(const A* weight, int low, int high, const A* decay, A* total, Ahead& ahead) const {
+    decoding::accumulate<WideOp<A>, V>(v.data, v.stride, low, high, weight, dim, decay, total, ahead);
   }
 
   int dim;
@@ -130,12 +135,14 @@ struct WideProducts {
 };
 
 template <class Products, class A, int V>
-inline void panel_step(const Products& products, const LaneBits<A>& bits, bool masked, int panel, int dim, A log2, LanesScratch<A>& s) {
+inline void panel_step(const Products& products, const LaneBits<A>& bits, bool masked, int panel, int dim, A log2, LanesScratch<A>& s,
+                       Ahead& ahead) {
   const int low = bits.low[panel], high = bits.high[panel], lane = panel * kPanel<A>;
   if (low >= high) return;
-  products.template dot<V>(s.q, panel, low, high, s.score);
+  products.template dot<V>(s.q, panel, low, high, s.score, ahead);
   softmax<A, V>(masked ? &bits : nullptr, panel, low, high, log2, s.score, s.maximum + lane, s.sum + lane, s.decay);
-  products.template accumulate<V>(s.score, low, high, s.decay, s.total + lane * dim);
+  products.template round<V>(s.score, low, high);
+  products.template accumulate<V>(s.score, low, high, s.decay, s.total + lane * dim, ahead);
 }
 
 // rows[lane][d] = total[d][lane] of every panel.
@@ -149,6 +156,18 @@ inline void unpack_panels(const A* total, int count, int dim, A* rows) {
       transpose8(block);
       for (int l = 0; l < 8 && l0 + l < count; ++l) std::memcpy(rows + (l0 + l) * dim + d0, block[l], sizeof(block[l]));
     }
+}
+
+// What to ask for while `panels` panels pass over a block.
+template <class T>
+inline Ahead rows_of_block(const Tile& tile, int x, const Cache<T>& keys, const Cache<T>& values, int dim, int panels) {
+  Ahead ahead;
+  const Keys next = tile.keys(x);
+  for (const Cache<T>* cache : {&keys, &values})
+    for (int64_t key = next.from; key < next.to; ++key) ahead.rows[ahead.count++] = reinterpret_cast<const char*>(cache->row(key));
+  ahead.bytes = dim * int(sizeof(T));
+  ahead.together = ceil_div(ahead.count, panels * (kKeys / kBlockRows + dim / kBlockRows));
+  return ahead;
 }
 
 // Blocks [from, to) of a tile.
@@ -169,10 +188,11 @@ inline Partial<Acc<T>> lanes_item(const DecodeParams& p, const Tile& tile, int f
     if (!block.select(p, tile, x)) continue;
     bits.of(block, tile.count);
     products.begin(keys, values, block, s);
+    Ahead ahead = x + 1 < to ? rows_of_block(tile, x + 1, keys, values, dim, panels) : Ahead();
     for (int panel = 0; panel < panels; ++panel) {
       const bool one = tile.count - panel * kPanel<A> <= Simd<A>::lanes;
       (one ? panel_step<Products, A, 1> : panel_step<Products, A, kPanel<A> / Simd<A>::lanes>)(products, bits, block.masked, panel, dim,
-                                                                                               scale.log2, s);
+                                                                                               scale.log2, s, ahead);
     }
   }
   for (int l = 0; l < tile.count; ++l) s.maximum[l] *= scale.natural;

@@ -54,6 +54,13 @@ struct Tile {
   int sink_blocks() const { return int((sinks.to + kKeys - 1) / kKeys); }
   int blocks() const { return sink_blocks() + int((near.to - near.from + kKeys - 1) / kKeys); }
 
+  // The keys of block x: sinks first.
+  Keys keys(int x) const {
+    const Keys& range = x < sink_blocks() ? sinks : near;
+    const int64_t first = range.from + int64_t(x < sink_blocks() ? x : x - sink_blocks()) * kKeys;
+    return {first, std::min(first + kKeys, range.to)};
+  }
+
   int index(const DecodeParams& p, int l) const { return (first + l) % p.q_len; }
 
   template <class T>
@@ -79,10 +86,9 @@ struct Block {
 
   // Block x of the tile; false where nobody sees any of it.
   bool select(const DecodeParams& p, const Tile& tile, int x) {
-    const bool sink = x < tile.sink_blocks();
-    const Keys& keys = sink ? tile.sinks : tile.near;
-    first = keys.from + int64_t(sink ? x : x - tile.sink_blocks()) * kKeys;
-    n = int(std::min<int64_t>(kKeys, keys.to - first));
+    const Keys keys = tile.keys(x);
+    first = keys.from;
+    n = int(keys.to - keys.from);
     packed = false;
     masked = !(first + n <= tile.common_sinks || (first >= tile.common.from && first + n <= tile.common.to));
     if (!masked) return true;
