@@ -121,6 +121,8 @@ def test_build(kernels, size, row_order):
         test_eagle_draft.test_a_draft_is_upstreams,
         test_eagle_draft.test_sums_that_are_no_numbers,
         test_eagle_sampling.test_coins_at_the_edges,
+        lambda impl: test_eagle_sampling.test_tokens_and_links_that_are_none("upstream", impl),
+        lambda impl: test_eagle_sampling.test_tokens_and_links_that_are_none("target_only", impl),
         test_eagle_sampling.test_probabilities_that_are_none,
     ],
     ids=lambda test: test.__name__,
@@ -139,6 +141,7 @@ def test_as_the_engines(kernels, test):
         test_eagle_cache.test_commit_paged_equals_contiguous,
         test_eagle_draft.test_cumulative_topk,
         test_eagle_sampling.test_equals_upstream_with_given_coins,
+        test_eagle_sampling.test_native_equals_the_reference,
     ],
     ids=lambda test: test.__name__,
 )

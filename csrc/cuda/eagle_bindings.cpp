@@ -184,6 +184,35 @@ bool verify_greedy(const Tensor& draft_tokens, const Tensor& first_child, const 
   return false;
 }
 
+bool verify_sampling(const Tensor& draft_tokens, const Tensor& first_child, const Tensor& next_sibling, const Maybe& retrieve,
+                     const Tensor& probs, const Maybe& coins, const Maybe& final_coins, const Maybe& seed, const Maybe& offset,
+                     int64_t rule, double threshold_single, double threshold_acc, const Tensor& accept_index, const Tensor& accept_length,
+                     const Tensor& predicts, const Tensor& next_token, const Maybe& best_candidate, const Maybe& sample_p) {
+  const auto in = walk_of(draft_tokens, first_child, next_sibling, retrieve);
+  const int most = eagle::most_nodes_of_a_sample();
+  TORCH_CHECK(in.nodes <= most, "the tree has ", in.nodes, " nodes; the CUDA kernel is for ", most, " at most: pass impl='reference'");
+  TORCH_CHECK(probs.dim() == 3 && probs.size(2) > 0, "target_probs must be [batch, nodes, vocab]");
+  const int vocab = as_int(probs.size(2), "vocab");
+  checked(probs, "target_probs", {in.batch, in.nodes, vocab}, draft_tokens);
+  TORCH_CHECK(bool(coins) == bool(final_coins) && bool(coins) != bool(seed) && bool(seed) == bool(offset), "expected coins or a seed");
+  const auto doubles = [&](const Maybe& x, const char* name, at::IntArrayRef shape) -> const double* {
+    if (!x) return nullptr;
+    TORCH_CHECK(x->scalar_type() == at::kDouble, name, " must be float64");
+    return checked(*x, name, shape, draft_tokens).data_ptr<double>();
+  };
+  const eagle::Coins numbers{doubles(coins, "coins", {in.batch, in.nodes}),
+                             doubles(final_coins, "final_coins", {in.batch}),
+                             longs(seed, "seed", {1}, draft_tokens),
+                             longs(offset, "offset", {1}, draft_tokens),
+                             rule == 1,
+                             threshold_single,
+                             threshold_acc};
+  const auto out = results_of(in, accept_index, accept_length, predicts, next_token, best_candidate, sample_p, &probs, draft_tokens);
+  const CUDAGuard guard(draft_tokens.device());
+  launched(eagle::verify_sampling(in, eagle_dtype(probs), probs.data_ptr(), vocab, numbers, out, stream()));
+  return false;
+}
+
 bool logsoftmax_topk(const Tensor& logits, const Tensor& values, const Tensor& tokens, const Maybe& d2t) {
   TORCH_CHECK(logits.dim() > 0 && logits.numel() > 0 && values.dim() == logits.dim(), "logits must be [..., vocab] and values [..., k]");
   const int64_t vocab = as_int(logits.size(-1), "vocab"), k = values.size(-1), rows = as_int(logits.numel() / vocab, "rows");
@@ -231,6 +260,7 @@ void bind_eagle(pybind11::module_& m) {
   m.def("eagle_assemble", &assemble);
   m.def("eagle_tree_mask", &tree_mask);
   m.def("eagle_verify_greedy", &verify_greedy);
+  m.def("eagle_verify_sampling", &verify_sampling);
   m.def("eagle_logsoftmax_topk", &logsoftmax_topk);
   m.def("eagle_cumulative_topk", &cumulative_topk);
 }

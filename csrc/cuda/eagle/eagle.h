@@ -64,6 +64,15 @@ int verify_greedy(const WalkIn&, Dtype, const void* logits, const int64_t* targe
 int64_t greedy_workspace(const WalkIn&, Dtype, int64_t vocab);  // bytes, aligned to 16
 int most_nodes_of_a_walk();
 
+struct Coins {
+  const double *coins, *final_coins;  // [B, N] and [B], or null: then from seed and offset, [1] each
+  const int64_t *seed, *offset;
+  bool target_only;
+  double threshold_single, threshold_acc;
+};
+int verify_sampling(const WalkIn&, Dtype, const void* probs, int vocab, const Coins&, const WalkOut&, void* stream);
+int most_nodes_of_a_sample();
+
 // A cache [(layers,) batch or pages, heads, rows, head_dim], strides in bytes. Everything that it names is moved in units of `unit` bytes,
 // 16, 8, 4 or 2, which divide every address.
 struct Strides {

@@ -72,6 +72,13 @@ T __shfl_sync(unsigned, T value, int from) {
   });
 }
 
+template <class T>
+T __shfl_up_sync(unsigned, T value, int step) {
+  return host::over_warp<T>(value, [step](auto** x) {
+    for (int lane = 0; lane < 32; ++lane) x[lane]->got = x[lane < step ? lane : lane - step]->value;
+  });
+}
+
 inline int __syncthreads_count(bool value) {
   host::counted += value;
   __syncthreads();
@@ -85,6 +92,7 @@ inline bool __syncthreads_or(bool value) { return __syncthreads_count(value) > 0
 inline bool __syncthreads_and(bool value) { return __syncthreads_count(!value) == 0; }
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __clz(unsigned x) { return x ? __builtin_clz(x) : 32; }
 inline int __ffs(unsigned x) { return __builtin_ffs(int(x)); }
 inline void __threadfence() {}
 template <class T>
