@@ -45,12 +45,13 @@ def wheel() -> Path:
 
 @contextlib.contextmanager
 def imported():
-    """The package `eagle` of the wheel, importable inside the context only."""
+    """Inside the context the package `eagle` of the wheel can be imported."""
     pytest.importorskip("transformers", reason="eagle-llm imports transformers, which the test extra has")
     assert importlib.util.find_spec("eagle") is None, "a package named eagle is installed; expected none, or it would hide eagle-llm"
     sys.path.insert(0, str(wheel()))
     try:
-        yield importlib.import_module("eagle.model.ea_model")
+        importlib.import_module("eagle.model.ea_model")
+        yield
     finally:
         sys.path.remove(str(wheel()))
         for name in [name for name in sys.modules if name.partition(".")[0] == "eagle"]:
@@ -62,7 +63,7 @@ def checkpoint(folder: Path, seed: int = 0) -> tuple[Path, Path]:
     from eagle.model.cnets import Model
     from eagle.model.configs import EConfig
     from eagle.model.modeling_llama_kv import LlamaForCausalLM
-    from tokenizers import Tokenizer, models
+    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, PreTrainedTokenizerFast
 
     base, draft = folder / "base", folder / "draft"
@@ -76,7 +77,9 @@ def checkpoint(folder: Path, seed: int = 0) -> tuple[Path, Path]:
         layer = Model(EConfig.from_pretrained(draft / "config.json"), bias=True)
         torch.save(layer.state_dict(), draft / "pytorch_model.bin")
     words = models.WordLevel({f"t{i}": i for i in range(128)}, unk_token="t0")
-    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), eos_token="t127").save_pretrained(base)
+    tokenizer = Tokenizer(words)
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="t127").save_pretrained(base)
     return base, draft
 
 

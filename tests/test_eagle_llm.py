@@ -1,28 +1,37 @@
 """optimize_eagle on a third party's EAGLE: eagle-llm 1.2.1 from PyPI, a static tree of 26 nodes."""
 
 import itertools
+import json
 
 import pytest
 import torch
 
 from sparse_attention.eagle import EAGLE1_MC_SIM_7B_63, eagle_hits, generate_tree_buffers, optimize_eagle, restore_eagle
+from sparse_attention.eagle.__main__ import main
 from tests import eagle_llm
 
 
 @pytest.fixture(scope="module")
-def model_and_prompts(tmp_path_factory):
+def checkpoint_folders(tmp_path_factory):
+    with eagle_llm.imported():  # until the last test of this file
+        yield eagle_llm.checkpoint(tmp_path_factory.mktemp("eagle-llm"))
+
+
+@pytest.fixture(scope="module")
+def model_and_prompts(checkpoint_folders):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with eagle_llm.imported() as ea_model:
-        base, draft = eagle_llm.checkpoint(tmp_path_factory.mktemp("eagle-llm"))
-        model = ea_model.EaModel.from_pretrained(base_model_path=str(base), ea_model_path=str(draft)).eval()
-        prompts = torch.randint(127, (3, 10), generator=torch.Generator().manual_seed(1))
-        tokens = prompts
-        with torch.no_grad():
-            for _ in range(40):
-                tokens = torch.cat([tokens, model.base_model.lm_head(model.base_model.model(tokens)[0][:, -1:]).argmax(-1)], 1)
-        eagle_llm.overfit(model, tokens)
-        yield model, [p[None] for p in prompts]
+    from eagle.model.ea_model import EaModel
+
+    base, draft = map(str, checkpoint_folders)
+    model = EaModel.from_pretrained(base_model_path=base, ea_model_path=draft).eval()
+    prompts = torch.randint(127, (3, 10), generator=torch.Generator().manual_seed(1))
+    tokens = prompts
+    with torch.no_grad():
+        for _ in range(40):
+            tokens = torch.cat([tokens, model.base_model.lm_head(model.base_model.model(tokens)[0][:, -1:]).argmax(-1)], 1)
+    eagle_llm.overfit(model, tokens)
+    yield model, [p[None] for p in prompts]
     torch.set_num_threads(threads)
 
 
@@ -68,3 +77,15 @@ def test_static_buffers_are_eagles(model_and_prompts):
     theirs, ours = upstream(EAGLE1_MC_SIM_7B_63, device="cpu"), generate_tree_buffers(EAGLE1_MC_SIM_7B_63)
     for name in ("tree_attn_mask", "tree_indices", "tree_position_ids", "retrieve_indices"):
         assert torch.equal(theirs[name], getattr(ours, name)), name
+
+
+def test_command_line_with_a_checkpoint(model_and_prompts, checkpoint_folders, tmp_path, capsys):
+    models = ["--base-model", str(checkpoint_folders[0]), "--draft-model", str(checkpoint_folders[1]), "--prompt", "t5 t17 t40 t99"]
+    options = ["--iterations", "1", "--warmup", "0", "--max-tokens", "8", "--threads", "1", "--json", str(tmp_path / "run.json")]
+    assert main(["bench", *models, *options]) == 0
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert run["prompts"] == [4] and run["divergence"] == [] and run["hits"]["commit"] == run["variants"]["patched"]["steps"]
+    assert main(["doctor", *models]) == 0
+    assert "EAGLE-1" in capsys.readouterr().out
+    assert main(["bench", *models, "--depth", "3"]) == 2
+    assert "--depth is 3; expected none: this EAGLE's tree is fixed" in capsys.readouterr().err

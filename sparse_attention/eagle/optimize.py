@@ -20,11 +20,11 @@ _ABSENT = object()
 def optimize_eagle(model: nn.Module, *, impl: str = "auto") -> tuple[nn.Module, dict[str, Callable]]:
     """Patches an EaModel of SafeAILab/EAGLE (EAGLE-1, 2 or 3) in place; returns it and the methods that were replaced.
 
-    Replaced are, for this instance only: ea_layer.topK_genrate, by logsoftmax_topk, cumulative_topk and build_tree, which makes the tree mask
-    too (EAGLE-1: its greedy top-k); and in eagenerate, ea_generate and every other method that calls them, the functions tree_decoding
-    (logits are not gathered into [leaves, W, V]), evaluate_posterior (verify_greedy, verify_sampling) and update_inference_inputs (commit,
-    with the hidden states). The loop itself, the two models and their cache stay EAGLE's, and no module or class is changed. The
-    functions that ea_model star-imports are replaced by giving the instance its own copy of each method, with other globals.
+    Replaced are, for this instance only: ea_layer.topK_genrate, by logsoftmax_topk, cumulative_topk and build_tree, which makes the tree
+    mask too (EAGLE-1: its greedy top-k); and in eagenerate, ea_generate and every other method that calls them, the functions
+    tree_decoding (logits are not gathered into [leaves, W, V]), evaluate_posterior (verify_greedy, verify_sampling) and
+    update_inference_inputs (commit, with the hidden states). The loop itself, the two models and their cache stay EAGLE's, and no module
+    or class is changed: the instance gets its own copy of each such method, whose globals hold our functions.
 
     Greedy output is the unpatched model's in float32; sampled output has its law, drawn with torch's generator in the place of Python's.
     EAGLE-1 keeps its own drawing and rule of acceptance when it samples.
@@ -75,9 +75,10 @@ def eagle_hits(model: nn.Module) -> dict[str, int]:
 
 
 def with_globals(method: MethodType, replaced: Mapping[str, Callable]) -> MethodType:
-    """A copy of a method, bound to the same object, that sees its module's globals with some replaced. Under torch.no_grad, as EAGLE's are."""
+    """A copy of a method, bound to the same object, that sees its module's globals with some replaced; under torch.no_grad."""
     function = unwrapped(method)
-    copy = FunctionType(function.__code__, {**function.__globals__, **replaced}, function.__name__, function.__defaults__, function.__closure__)
+    known = {**function.__globals__, **replaced}
+    copy = FunctionType(function.__code__, known, function.__name__, function.__defaults__, function.__closure__)
     copy.__kwdefaults__ = function.__kwdefaults__
     functools.update_wrapper(copy, function)
     del copy.__wrapped__

@@ -57,7 +57,7 @@ class KVCache:
 
 
 def initialize_past_key_values(model: nn.Module, max_length: int = 2200) -> tuple[list[list[KVCache]], list[Tensor], Tensor]:
-    """(a pair of caches for each layer, [their data [2 * layers, 1, kv heads, max_length, head_dim]], their lengths [2 * layers] on the CPU)."""
+    """(a pair of caches for each layer, [their data [2 * layers, 1, kv heads, max_length, head_dim]], lengths [2 * layers] on the CPU)."""
     config, weight = model.config, model.lm_head.weight
     shape = 2 * config.num_hidden_layers, 1, config.num_key_value_heads, max_length, config.head_dim
     data = torch.zeros(shape, device=weight.device, dtype=weight.dtype)
