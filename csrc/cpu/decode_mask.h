@@ -54,8 +54,11 @@ class Request {
     return bits;
   }
 
-  // The first key inside the window of query i.
-  int64_t lowest(int i) const { return window < 0 ? 0 : std::max<int64_t>(0, prefix + depth(i) - window + 1); }
+  // The first key inside the window of query i; in a tree no later than the first node.
+  int64_t lowest(int i) const {
+    const int64_t low = window < 0 ? 0 : prefix + depth(i) - window + 1;
+    return std::max<int64_t>(0, tree ? std::min(low, prefix) : low);
+  }
 
   // Where the keys end that every query from i on sees.
   int64_t common_stop(int i) const { return std::max<int64_t>(0, tree ? prefix : prefix + i + 1); }
@@ -76,10 +79,10 @@ class Request {
     for (int i = 0; i < q_len; ++i) {
       int count = 0;
       for (int w = 0; w < words; ++w) count += __builtin_popcountll(tree[int64_t(i) * words + w] & valid(w));
-      depths[i] = std::max(count - 1, 0);
+      depths[i] = count - 1;
       deepest = std::max(deepest, depths[i]);
     }
-    if (deepest < window) return;
+    if (deepest + 1 < window) return;
     cut.assign(tree, tree + int64_t(q_len) * words);
     for (int i = 0; i < q_len; ++i)
       for (int w = 0; w < words; ++w) {
