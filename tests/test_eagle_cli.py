@@ -14,7 +14,7 @@ from sparse_attention.eagle.doctor import KERNELS
 from sparse_attention.eagle.optimize import optimize_eagle
 from sparse_attention.eagle.small_model import EaModel
 
-SMALL = ["--total-token", "12", "--depth", "3", "--top-k", "4"]
+SMALL = ["--vocab", "96", "--total-token", "12", "--depth", "3", "--top-k", "4"]
 GRID = ["--batch", "1", "--nodes", "8", "--vocab", "50", "--k", "3"]
 
 

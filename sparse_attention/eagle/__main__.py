@@ -102,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument("--total-token", type=_positive, help="nodes of the tree")
         made.add_argument("--depth", type=_positive, help="levels of drafting after the first")
         made.add_argument("--top-k", type=_positive, help="candidates of a node")
+        made.add_argument("--vocab", type=_positive, default=32000, help="tokens of the small model (default: 32000)")
         made.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="default: float32")
     timed.add_argument("--iterations", type=_positive, default=10, help="timed passes of each variant (default: 10)")
     timed.add_argument("--warmup", type=_count, default=2, help="passes before them (default: 2)")

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sparse_attention.eagle.small_model_layers import Config
 from sparse_attention.eagle.small_model_training import small_model
 
 _SIZES = {"total_token": 60, "depth": 7, "top_k": 10}
@@ -24,8 +25,8 @@ class Loaded(NamedTuple):
 
 
 def load(options) -> Loaded:
-    """From base_model, draft_model, prompt, total_token, depth, top_k, dtype and device of the command line. ValueError where they do not
-    fit together."""
+    """From base_model, draft_model, prompt, total_token, depth, top_k, vocab, dtype and device of the command line. ValueError where they
+    do not fit together."""
     if (options.base_model is None) != (options.draft_model is None):
         missing = "--draft-model" if options.draft_model is None else "--base-model"
         raise ValueError(f"{missing} is not given; expected --base-model and --draft-model, or neither")
@@ -36,10 +37,11 @@ def load(options) -> Loaded:
             raise ValueError(f"--prompt is {options.prompt[0]!r}; expected none without --base-model: the small model has no tokenizer")
         chosen = {name: _SIZES[name] if value is None else value for name, value in sizes.items()}
         _check_sizes(**chosen)
-        model, prompts = small_model(steps=60, unroll=3, **chosen)
+        config = Config(vocab_size=options.vocab, draft_vocab_size=min(512, max(1, options.vocab * 5 // 6)))
+        model, prompts = small_model(config=config, steps=60, unroll=3, **chosen)
         model = model.to(options.device, dtype)
         model.ea_layer.init_tree()
-        return Loaded(model, [p.to(options.device) for p in prompts], "small self-trained EAGLE-3")
+        return Loaded(model, [p.to(options.device) for p in prompts], f"small self-trained EAGLE-3, {options.vocab} tokens")
     model = _checkpoint(options.base_model, options.draft_model, {k: v for k, v in sizes.items() if v is not None}, dtype)
     model = model.to(options.device).eval()
     model.ea_layer.init_tree()

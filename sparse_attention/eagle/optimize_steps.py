@@ -109,9 +109,11 @@ class DynamicSteps(Steps):
             out, past = layer(hidden, input_ids=drafted, past_key_values=past, position_ids=positions, use_cache=True)
             best = self.draft_topk(out[0], head)
             front = self.run(cumulative_topk, best.values[None], nodes, top_k, tokens=best.tokens[None], level=level)
-            nodes, drafted, rows = front.scores, front.tokens, front.rows[0]
             scores.append(front.cumulative.flatten(1))
             tokens.append(best.tokens.reshape(1, -1))
+            if level + 1 == layer.depth:
+                break
+            nodes, drafted, rows = front.scores, front.tokens, front.rows[0]
             parents.append(front.parents)
             hidden = out[:, rows]
             tree_mask = torch.cat([tree_mask[:, :, rows], layer.tree_mask_init], 3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -28,7 +30,7 @@ def small_model(
     Float32 on the CPU; the same seed gives the same weights on the same machine, and the caller's random state is left alone. EAGLE-3's
     draft knows only the draft_vocab_size most used tokens. steps: of Adam; unroll: draft steps trained for each position.
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _one_thread():
         torch.manual_seed(seed)
         model = EaModel(config, use_eagle3, total_token, depth, top_k).eval()
         _initialise(model)
@@ -40,6 +42,17 @@ def small_model(
             model.ea_layer.d2t.copy_(known - torch.arange(config.draft_vocab_size))
         _train(model, tokens, steps, unroll)
     return model, [row[None] for row in starts]
+
+
+@contextmanager
+def _one_thread():
+    """The matrices are too small for more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _initialise(model: EaModel) -> None:
@@ -55,7 +68,8 @@ def _continue(model: EaModel, starts: Tensor, new_tokens: int) -> Tensor:
     """[prompts, prompt_length + new_tokens], greedy."""
     tokens = starts
     for _ in range(new_tokens):
-        tokens = torch.cat([tokens, model.base_model(tokens)[:, -1:].argmax(-1)], 1)
+        last = model.base_model.model(tokens)[0][:, -1:]
+        tokens = torch.cat([tokens, model.base_model.lm_head(last).argmax(-1)], 1)
     return tokens
 
 
