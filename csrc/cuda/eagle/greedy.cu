@@ -52,14 +52,12 @@ constexpr uint32_t kLowestWord = sizeof(T) == 4 ? 0xff800000u : std::is_same_v<T
 template <class T>
 __device__ Best<uint32_t> best_of_aligned(const T* row, int64_t vocab, int split) {
   constexpr int kHalves = 4 / int(sizeof(T)), kVector = 4 * kHalves;
-  const uint4* from = reinterpret_cast<const uint4*>(row);
-  const int vectors = int(vocab / kVector), first = split * kThreads * kLoads + threadIdx.x;
+  const int last = int(vocab / kVector) - 1, first = split * kThreads * kLoads + threadIdx.x;
+  const auto place = [&](int u) { return min(first + u * kThreads, last); };  // past the end the last once more
   uint32_t words[kLoads][4], most = kLowestWord<T>;
 #pragma unroll
   for (int u = 0; u < kLoads; ++u) {
-    const int i = first + u * kThreads;
-    constexpr uint32_t low = kLowestWord<T>;
-    const uint4 x = i < vectors ? load_once(from + i) : uint4{low, low, low, low};
+    const uint4 x = load_once(reinterpret_cast<const uint4*>(row) + place(u));
     words[u][0] = x.x, words[u][1] = x.y, words[u][2] = x.z, words[u][3] = x.w;
   }
 #pragma unroll
@@ -78,7 +76,7 @@ __device__ Best<uint32_t> best_of_aligned(const T* row, int64_t vocab, int split
 #pragma unroll
         for (int half = 0; half < kHalves; ++half)
           if (token == kNoToken && key_of(element_of<T>(words[u][w], half)) == key)
-            token = unsigned(first + u * kThreads) * kVector + w * kHalves + half;
+            token = unsigned(place(u)) * kVector + w * kHalves + half;
   }
   return {key, block_min(token)};
 }
