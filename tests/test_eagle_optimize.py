@@ -9,7 +9,8 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from sparse_attention.eagle import eagle_hits, optimize_eagle, restore_eagle, small_model, small_model_steps
+from sparse_attention.eagle import eagle_hits, optimize_eagle, optimize_steps, restore_eagle, small_model, small_model_steps
+from sparse_attention.eagle.bench_sections import counted_syncs
 from sparse_attention.eagle.optimize import with_globals
 from sparse_attention.eagle.small_model_layers import Config
 from sparse_attention.eagle.small_model_training import small_model as make
@@ -66,6 +67,52 @@ def test_greedy_output_is_the_unpatched_models(trained):
         assert hits["logsoftmax_topk"] == 8 * hits["build_tree"]
     finally:
         restore_eagle(model, original)
+
+
+def test_eagles_own_steps_run_on_our_tree(trained):
+    """What a script sees that calls the steps by itself: of the patched model only topK_genrate is in its loop."""
+    model, prompts = trained
+    plain = model.eagenerate(prompts[0], **GREEDY)
+    model, original = optimize_eagle(model)
+    try:
+        got = type(model).eagenerate(model, prompts[0], **GREEDY)
+        assert torch.equal(got[0], plain[0]) and got[1:] == plain[1:] and set(eagle_hits(model)) == OPERATIONS - {"verify_greedy", "commit"}
+    finally:
+        restore_eagle(model, original)
+
+
+@pytest.mark.parametrize("own_steps", [False, True], ids=["patched", "own steps"])
+def test_rows_of_nothing_at_the_end_change_nothing(trained, monkeypatch, own_steps):
+    """On CUDA retrieve_indices keeps its fixed shape."""
+    model, prompts = trained
+    plain = model.eagenerate(prompts[0], **GREEDY)
+    monkeypatch.setattr(optimize_steps, "trim_retrieve_indices", lambda rows, leaf_count, width: rows)
+    model, original = optimize_eagle(model)
+    try:
+        generate = functools.partial(type(model).eagenerate, model) if own_steps else model.eagenerate
+        assert torch.equal(generate(prompts[0], **GREEDY)[0], plain[0])
+        torch.manual_seed(0)
+        sampled = generate(prompts[0], temperature=0.5, max_new_tokens=8, max_length=128)
+        assert torch.equal(sampled[:, : prompts[0].shape[1]], prompts[0]) and sampled.shape[1] > prompts[0].shape[1] + 8
+    finally:
+        restore_eagle(model, original)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_cuda_with_fewer_waits(trained):
+    model, prompts = copy.deepcopy(trained[0]).cuda(), [p.cuda() for p in trained[1]]
+    model.ea_layer.init_tree()
+    found = []
+    for patched in (False, True):
+        if patched:
+            optimize_eagle(model)
+        tokens = model.eagenerate(prompts[0], **GREEDY)[0]
+        with counted_syncs(model) as counter:
+            model.eagenerate(prompts[0], **GREEDY)
+        found.append((tokens, counter["syncs"]))
+    assert torch.equal(found[0][0], found[1][0]) and 0 < found[1][1] < found[0][1]
+    assert {name.removesuffix("/reference") for name in eagle_hits(model)} == OPERATIONS
 
 
 @pytest.mark.parametrize("processor", [None, small_model_steps.prepare_logits_processor(1.0)], ids=["greedy", "sampling"])
