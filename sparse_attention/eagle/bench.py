@@ -23,7 +23,8 @@ def run(loaded: Loaded, *, iterations: int, warmup: int, max_tokens: int, temper
     measured = {name: {"latency_s": []} for name in VARIANTS}
     outputs: dict[str, list[Tensor]] = {}
     options = {"max_new_tokens": max_tokens, "temperature": temperature}
-    options["max_length"] = max(p.shape[1] for p in loaded.prompts) + 2 * max_tokens + 128
+    tree = getattr(loaded.model.ea_layer, "total_tokens", 0)  # EAGLE's loop keeps room for it
+    options["max_length"] = max(p.shape[1] for p in loaded.prompts) + 2 * max_tokens + tree + 64
     hits = {}
     for iteration in range(warmup + iterations):
         for name in VARIANTS if iteration % 2 == 0 else VARIANTS[::-1]:
