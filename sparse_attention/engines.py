@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparse_attention import cuda_blocks, cuda_rows, cuda_tile, dense
+from sparse_attention import _build_cuda, cuda_blocks, cuda_rows, cuda_tile, dense
 from sparse_attention._build import kernels
 from sparse_attention.dispatch import Plan, Sizes, engine_obstacle
 from sparse_attention.dispatch import plan as plan_of
