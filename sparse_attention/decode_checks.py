@@ -60,7 +60,7 @@ def check_block_table(block_table: Tensor, lengths: Tensor, k_cache: Tensor) -> 
     """block_table as contiguous int32; on the CPU, that the pages in use are there."""
     pages, _, page, _ = k_cache.shape
     if block_table.device.type == "cpu":
-        used = torch.arange(block_table.shape[1]) * page < lengths[:, None]
+        used = torch.arange(block_table.shape[1], device="cpu") * page < lengths[:, None]
         found = first(used & ((block_table < 0) | (block_table >= pages)))
         if found is not None:
             raise ValueError(f"{at('block_table', found)} is {int(block_table[found])}; expected a page from 0 to {pages - 1}")

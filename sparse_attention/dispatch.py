@@ -11,6 +11,7 @@ import torch
 
 from sparse_attention import _build_cuda, cuda_blocks, cuda_rows, cuda_tables
 from sparse_attention.cost import Cost, cost, count, scattered
+from sparse_attention.decode_pattern import suits
 from sparse_attention.lanes import lane_pairs
 from sparse_attention.layout import Layout, layout
 from sparse_attention.patterns.base import Lengths, Pattern, Spans, Tile
@@ -47,7 +48,7 @@ class Sizes(NamedTuple):
 class Plan:
     """How one pattern runs at one set of sizes.
 
-    impl: "tile", "gather", "dense" or "reference". why: the reason in words. estimates: expected nanoseconds of each engine that
+    impl: "tile", "gather", "decode", "dense" or "reference". why: the reason in words. estimates: expected nanoseconds of each engine that
     was considered. dense_rate: what the expected speedup compares with. Tables are made when asked for; their caches keep them.
     """
 
@@ -101,7 +102,14 @@ class Plan:
 
 
 def plan(pattern: Pattern, sizes: Sizes, impl: str = "auto") -> Plan:
-    """The plan of a call. Sizes that the pattern cannot apply to, and an engine that cannot run them, raise ValueError."""
+    """The plan of a call. Sizes that the pattern cannot apply to, and an engine that cannot run them, raise ValueError.
+
+    Few queries over many keys run on the decode engine, whose plan is not kept: a cache that grows has another each step.
+    """
+    if impl == "auto" and sizes.device == "cpu" and not engine_obstacle(pattern, sizes):
+        why = suits(pattern, sizes.q_len, sizes.kv_len, sizes.dtype)
+        if why:
+            return Plan(pattern, sizes, "decode", why, {})
     return _plan(pattern, sizes, impl, torch.get_num_threads())
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sparse_attention import _build_cuda, cuda_blocks, cuda_rows, cuda_tile, dense
 from sparse_attention._build import kernels
+from sparse_attention.decode_pattern import terms
 from sparse_attention.dispatch import Plan, Sizes, engine_obstacle
 from sparse_attention.dispatch import plan as plan_of
 from sparse_attention.patterns.base import Pattern
@@ -80,6 +81,21 @@ def _gather(plan: Plan, scale: float, device: torch.device) -> Engine:
     return Engine(plan, scale, forward, backward, nbytes=2 * rows.nbytes)
 
 
+def _decode(plan: Plan, scale: float, device: torch.device) -> Engine:
+    """Its gradients are the tile engine's, whose layout is made when one is asked for."""
+    native, sizes, told = kernels(), plan.sizes, terms(plan.pattern)
+    lengths = torch.full((sizes.batch,), sizes.kv_len, dtype=torch.int64, device=device)
+    tile = cache(lambda: _tile(plan, scale, device))
+
+    def forward(q, k, v, scale):
+        return native.decode_forward(q, k, v, lengths, told.ancestors, told.window, told.sinks, None, scale)
+
+    def backward(dout, dlse, q, k, v, out, lse, scale):
+        return tile().backward(dout, dlse, q, k, v, out, lse, scale)
+
+    return Engine(plan, scale, forward, backward)
+
+
 def _dense(plan: Plan, scale: float, device: torch.device) -> Engine:
     pattern = plan.pattern
 
@@ -110,20 +126,25 @@ def _reference(plan: Plan, scale: float, device: torch.device) -> Engine:
     return Engine(plan, scale, forward, backward, attend)
 
 
-_MAKERS = {"tile": _tile, "gather": _gather, "dense": _dense, "reference": _reference}
+_MAKERS = {"tile": _tile, "gather": _gather, "decode": _decode, "dense": _dense, "reference": _reference}
 _engines: dict = {}  # calls by what tells them apart; the quick ones by the id of their pattern, which they keep
-_MOST_CALLS, _MOST_BYTES = 512, 1 << 30
+_decoding: dict = {}  # those of the decode engine apart: a cache that grows has another each step, which pushes no other out
+_MOST_CALLS, _MOST_BYTES, _MOST_DECODING = 512, 1 << 30, 64
 
 
 def engine(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, impl: str) -> Engine:
     """The checked, planned and compiled call for inputs like these; kept, so that the next one costs a dict lookup."""
     key = (pattern, impl, *_like(q, k, v))
-    found = _engines.get(key)
+    found = _engines.get(key) or _decoding.get(key)
     if found is None:
         check_call(q, k, v, pattern, impl)
         if pattern.live:
             return _live(q, k, v, pattern, impl)
         plan = plan_of(pattern, Sizes.of(q, k), impl)
+        if plan.impl == "decode":
+            if len(_decoding) >= _MOST_DECODING:
+                _decoding.clear()
+            return _decoding.setdefault(key, _decode(plan, plan.sizes.head_dim**-0.5, q.device))
         found = _kept(key, _MAKERS[plan.impl](plan, plan.sizes.head_dim**-0.5, q.device))
         if found.launches:
             calls = _engines.setdefault(id(pattern), _build_cuda.kernels(torch.cuda.get_device_capability(q.device)).Calls(pattern))
