@@ -39,7 +39,7 @@ def refuse_gradients(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
         for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
             if x.requires_grad:
                 raise ValueError(
-                    f"{name} requires a gradient; expected none, as in torch.no_grad(): attention() is what has gradients, decode() has none"
+                    f"{name} requires a gradient; expected none, as in torch.no_grad(): attention() has gradients, decode() has none"
                 )
 
 

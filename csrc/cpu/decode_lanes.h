@@ -120,8 +120,8 @@ struct WideProducts {
   }
   template <int V>
   void dot(const A* packed, int panel, int low, int high, A* score, Ahead& ahead) const {
-    decoding::dot<WideOp<A>, V>(k.data + low * k.stride, k.stride, high - low, packed + panel * dim * kPanel<A>, dim, score + low * kPanel<A>,
-                     ahead);
+    const A* lanes = packed + panel * dim * kPanel<A>;
+    decoding::dot<WideOp<A>, V>(k.data + low * k.stride, k.stride, high - low, lanes, dim, score + low * kPanel<A>, ahead);
   }
   template <int V>
   void round(A*, int, int) const {}
