@@ -35,7 +35,7 @@ def compile_module(folder: Path):
     shutil.copy(HERE / "threads.h", folder / "eagle")
     target = folder / f"eagle_on_host{sysconfig.get_config_var('EXT_SUFFIX')}"
     paths = [folder, HERE / "eagle", *include_paths(), sysconfig.get_paths()["include"]]
-    flags = ["-std=c++20", "-O1", "-w", "-fPIC", *(f"-I{path}" for path in paths)]
+    flags = ["-std=c++20", "-O1", "-w", "-fPIC", "-fvisibility=hidden", *(f"-I{path}" for path in paths)]
     flags += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
     sources = [folder / "library.cpp", *(folder / "eagle").glob("*.cu")]
     link = [*(f"-L{path}" for path in library_paths()), "-ltorch_python", "-ltorch_cpu", "-ltorch", "-lc10"]

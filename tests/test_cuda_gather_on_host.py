@@ -31,7 +31,7 @@ def library(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gather")
     for source in [*(source_folder() / "cuda" / "gather").iterdir(), *(HERE / "gather").iterdir(), HERE / "threads.h"]:
         shutil.copy(source, folder)
-    command = [*compiler(), "-std=c++20", "-O1", "-w", "-fPIC", f"-I{folder}"]
+    command = [*compiler(), "-std=c++20", "-O1", "-w", "-fPIC", "-fvisibility=hidden", f"-I{folder}"]
 
     def compiled(source):
         done = subprocess.run([*command, "-x", "c++", "-c", source, "-o", source.with_suffix(".o")], capture_output=True, text=True)

@@ -34,7 +34,7 @@ def library(tmp_path_factory):
     shutil.copytree(cuda / "sm80", folder / "sm80")
     shutil.copy(HERE / "ptx.h", folder / "sm80" / "ptx.h")
     target = folder / "library.so"
-    command = [*compiler(), "-std=c++20", "-O2", "-w", "-fPIC", "-shared", f"-I{folder}", str(folder / "library.cpp"), "-o", str(target)]
+    command = [*compiler(), "-std=c++20", "-O2", "-w", "-fPIC", "-fvisibility=hidden", "-shared", f"-I{folder}", str(folder / "library.cpp"), "-o", str(target)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return ctypes.CDLL(str(target))

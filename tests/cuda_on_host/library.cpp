@@ -17,7 +17,7 @@ void run_all(const Params& p, int blocks, int seed) {
   }
 }
 
-extern "C" int run(void** pointers, const int64_t* strides, const int32_t* sizes, float scale, int blocks, int barriers, int seed) {
+extern "C" __attribute__((visibility("default"))) int run(void** pointers, const int64_t* strides, const int32_t* sizes, float scale, int blocks, int barriers, int seed) {
   Params p{};
   Strided* tensors[4] = {&p.q, &p.k, &p.v, &p.out};
   for (int i = 0; i < 4; ++i) *tensors[i] = {pointers[i], 2 * strides[3 * i], 2 * strides[3 * i + 1], 2 * strides[3 * i + 2]};

@@ -1,4 +1,5 @@
-// The threads of one CUDA block as fibers of one host thread. Warps go ahead in random order from one meeting to the next.
+// The threads of one CUDA block as fibers of one host thread. Warps go ahead in random order from one meeting to the next. Libraries hide
+// their symbols: several are loaded side by side, each with another ptx.h.
 #pragma once
 #include <ucontext.h>
 

@@ -5,7 +5,7 @@ using namespace sparse_attention::gather;
 
 // type: 0 float32, 1 float64, 2 bfloat16, 3 float16. pointers: q k v out lse partial row_start columns head_variant pieces splits.
 // strides: of q, k, v and out. sizes: pieces, splits, longest, together, apart, aligned, batch, heads, kv_heads, q_len, head_dim.
-extern "C" int run(int type, void** pointers, const int64_t* strides, const int32_t* sizes, double scale) {
+extern "C" __attribute__((visibility("default"))) int run(int type, void** pointers, const int64_t* strides, const int32_t* sizes, double scale) {
   Forward f{};
   Strided* tensors[4] = {&f.q, &f.k, &f.v, &f.out};
   for (int n = 0; n < 4; ++n) *tensors[n] = {pointers[n], strides[3 * n], strides[3 * n + 1], strides[3 * n + 2]};

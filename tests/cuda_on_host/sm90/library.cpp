@@ -90,7 +90,7 @@ int guarded(F run) {
 
 }  // namespace
 
-extern "C" int decode(void** pointers, const int64_t* strides, const int32_t* sizes, float scale, int seed) {
+extern "C" __attribute__((visibility("default"))) int decode(void** pointers, const int64_t* strides, const int32_t* sizes, float scale, int seed) {
   Decode d{};
   Strided* tensors[4] = {&d.q, &d.out, &d.k, &d.v};
   for (int i = 0; i < 4; ++i) *tensors[i] = {pointers[i], strides[3 * i], strides[3 * i + 1], strides[3 * i + 2]};
@@ -114,7 +114,7 @@ extern "C" int decode(void** pointers, const int64_t* strides, const int32_t* si
   });
 }
 
-extern "C" int forward(void** pointers, const int64_t* strides, const int32_t* sizes, float scale, int blocks, int seed) {
+extern "C" __attribute__((visibility("default"))) int forward(void** pointers, const int64_t* strides, const int32_t* sizes, float scale, int blocks, int seed) {
   Strided q, k, v, out, *tensors[4] = {&q, &k, &v, &out};
   for (int i = 0; i < 4; ++i) *tensors[i] = {pointers[i], strides[3 * i], strides[3 * i + 1], strides[3 * i + 2]};
   Params p{};
