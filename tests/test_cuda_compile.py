@@ -20,6 +20,11 @@ def compiled(source, capability, folder) -> str:
     return done.stderr
 
 
+def sources(capability):
+    """For 9.0 the tier that only it has, and of what 8.0 compiles as well the kernels of one dtype: minutes matter in CI."""
+    return [path for path in _build_cuda.sources(capability) if capability == (8, 0) or path.parent.name == "sm90" or "_bf16" in path.name]
+
+
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=lambda c: f"sm_{c[0]}{c[1]}")
 def test_no_kernel_spills(capability, tmp_path):
     try:
@@ -27,7 +32,7 @@ def test_no_kernel_spills(capability, tmp_path):
     except BuildError as error:
         pytest.skip(str(error))
     with ThreadPoolExecutor(2) as pool:
-        said = "".join(pool.map(lambda source: compiled(source, capability, tmp_path), _build_cuda.sources(capability)))
+        said = "".join(pool.map(lambda source: compiled(source, capability, tmp_path), sources(capability)))
     kernels = re.findall(r"Compiling entry function '(\w+)'", said)
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said)
     registers = [int(number) for number in re.findall(r"Used (\d+) registers", said)]
