@@ -67,10 +67,10 @@ def _bigbird(bigbird: BigBird, lengths: Lengths, heads: int, device: torch.devic
     first = lengths.offset // bigbird.block
     start, stop = (side[:, first:] for side in block_ranges(bigbird, range(heads), columns, device))
     # Ranges open with 1 and close with -1; blocks in between have a positive running sum.
-    edges = torch.zeros(*start.shape[:2], columns + 1, dtype=torch.int8, device=device)
-    one = torch.ones((), dtype=torch.int8, device=device).expand(start.shape)
+    edges = torch.zeros(*start.shape[:2], columns + 1, dtype=torch.int16, device=device)
+    one = torch.ones((), dtype=torch.int16, device=device).expand(start.shape)
     edges.scatter_add_(2, start, one).scatter_add_(2, stop, -one)
-    return edges.cumsum(2, dtype=torch.int8)[..., :columns] > 0
+    return edges.cumsum(2, dtype=torch.int16)[..., :columns] > 0
 
 
 def computed(pattern: Pattern, q_len: int, kv_len: int, heads: int) -> int | None:

@@ -36,6 +36,7 @@ def ready(pattern: Pattern, sizes: Sizes, device: torch.device) -> Ready:
     else:
         native, layout = base_of(blocks, sizes, device)
         made = native.filter(layout, cuda_blocks.mask_of(blocks.blocked, *lengths, device), blocks.blocked.block)
+        torch.cuda.current_stream(device).synchronize()  # it is kept, and the next call may come on another stream
         nbytes = made.bits.nbytes + made.order.nbytes
     return Ready(_call(native, layout, made), layout, made, nbytes)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,10 @@ def obstacle(q: Tensor, k_cache: Tensor, v_cache: Tensor, ancestors: Tensor | No
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         if cache.data_ptr() % 16 or any(s % 8 for s, n in zip(cache.stride()[:3], cache.shape) if n > 1):
             return f"{name} has strides {cache.stride()}, which are no multiples of 8 elements at an address that is one of 16 bytes"
-    return _build_cuda.obstacle(capability)
+    return _device_obstacle(capability)
+
+
+_device_obstacle = functools.cache(_build_cuda.obstacle)  # it looks for nvcc, which is not for every call
 
 
 def forward(q, k_cache, v_cache, lengths, ancestors, window, sinks, block_table, scale) -> tuple[Tensor, Tensor]:
