@@ -11,20 +11,18 @@ from __future__ import annotations
 import functools
 
 import torch
-import torch.nn.functional as F
 
 from perf.cases import K, shape
+from perf.cuda_workloads import FIRST_SEED, check
 from perf.proof import faulty_gate
 from sparse_attention import attention, baselines
 from sparse_attention.breakeven import Case, Unavailable, Workload
 from sparse_attention.breakeven.controls import Control
 from sparse_attention.breakeven.proof import Injected
-from sparse_attention.patterns import Lengths, Pattern, parse
+from sparse_attention.patterns import parse
 
 SLOWDOWNS = (0.0, 0.01, 0.02, 0.03, 0.05, 0.1, 0.5)
 HEAD_DIM = 128
-ROWS = 16  # of one head, drawn for each check
-FIRST_SEED = 1 << 32  # none that changes the tensors
 
 
 def injected(name: str, pattern: str, length: int, heads: int) -> Injected:
@@ -100,21 +98,6 @@ class _Tensors:
 
 
 _tensors = functools.cache(_Tensors)
-
-
-def check(out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern) -> None:
-    """AssertionError unless some rows of a head, drawn anew, are off by at most twice PyTorch's own error. On the GPU, for speed."""
-    assert out.shape == q.shape and torch.isfinite(out).all(), "the output must be finite, and of the shape of q"
-    head, lengths = int(torch.randint(q.shape[1], ())), Lengths(q.shape[2], k.shape[2])
-    rows = torch.randint(q.shape[2], (ROWS,))
-    mask = pattern.for_head(head).allows(rows[:, None], torch.arange(k.shape[2])[None], lengths).to(q.device)
-    rows = rows.to(q.device)
-    one = q[:, head : head + 1, rows], k[:, head : head + 1], v[:, head : head + 1]
-    exact = F.scaled_dot_product_attention(*(x.double() for x in one), attn_mask=mask)
-    usual = (F.scaled_dot_product_attention(*one, attn_mask=mask).double() - exact).abs().max()
-    error = (out[:, head : head + 1, rows].double() - exact).abs().max()
-    allowed = 2 * usual + torch.finfo(out.dtype).eps * exact.abs().max()
-    assert error <= allowed, f"head {head} is off by {float(error):.2e}; PyTorch's own error is {float(usual):.2e}"
 
 
 FAULTY = shape(16, 4 * K, HEAD_DIM, dtype="bfloat16")
