@@ -101,6 +101,7 @@ def test_sglang_golden_vectors(impl):
     assert predicts.tolist() == [3, -1, -1, 4, 5, 18, 11, -1, -1, -1, 12, 18]
     assert accept_index.tolist() == [[0, 3, 4, 5], [6, 10, 11, -1]] and accept_token_num.tolist() == [3, 2]
     assert {x.dtype for x in (predicts, accept_index, accept_token_num)} == {torch.int32}
+    assert eagle.accepted_tokens(golden_tree(), verified) == [[0, 3, 4, 5, 18], [7, 11, 12, 18]]
     assert verified.best_candidate is None
     with pytest.raises(ValueError, match="verified.best_candidate is None"):
         eagle.upstream_view(verified)

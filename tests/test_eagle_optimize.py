@@ -8,8 +8,9 @@ from itertools import product
 import pytest
 import torch
 from scipy.stats import chisquare
+from torch.overrides import TorchFunctionMode
 
-from sparse_attention.eagle import eagle_hits, optimize_eagle, optimize_steps, restore_eagle, small_model, small_model_steps
+from sparse_attention.eagle import eagle_hits, host_known, optimize_eagle, optimize_steps, restore_eagle, small_model, small_model_steps
 from sparse_attention.eagle.bench_sections import counted_syncs
 from sparse_attention.eagle.optimize import with_globals
 from sparse_attention.eagle.small_model_layers import Config
@@ -98,22 +99,71 @@ def test_rows_of_nothing_at_the_end_change_nothing(trained, monkeypatch, own_ste
         restore_eagle(model, original)
 
 
+class Reads(TorchFunctionMode):
+    """Counts what reads a tensor's values on the host, which on a device would wait for it."""
+
+    NAMES = {"item", "tolist", "numpy", "cpu", "nonzero", "unique", "equal", "__bool__", "__int__", "__index__", "__float__", "__contains__"}
+
+    def __init__(self, on_host):
+        super().__init__()
+        self.on_host, self.count = on_host.untyped_storage().data_ptr(), 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__name__", "") in self.NAMES and args[0].untyped_storage().data_ptr() != self.on_host:
+            self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5])
+def test_a_step_reads_from_the_device_once(trained, monkeypatch, temperature):
+    model, prompts = trained
+    monkeypatch.setattr(optimize_steps, "trim_retrieve_indices", lambda rows, leaf_count, width: rows)  # as on CUDA
+    model, original = optimize_eagle(model)
+    found = []
+    try:
+        for new in (4, 24):
+            model.eagenerate(prompts[0], **GREEDY)  # the cache is there, which EAGLE keeps on the host
+            torch.manual_seed(1)
+            with Reads(model.current_length_data) as reads:
+                ids, _, last = model.eagenerate(prompts[0], temperature, max_new_tokens=new, max_length=256, log=True)
+            found.append((last + 1, reads.count))
+            assert type(ids) is torch.Tensor
+    finally:
+        restore_eagle(model, original)
+    (few, reads_of_few), (many, reads_of_many) = found
+    assert many >= few + 2 and reads_of_many - reads_of_few == many - few
+
+
+def test_ids_known_to_the_host():
+    ids = host_known.extended(torch.tensor([[7, 8, 9]]), torch.tensor([[1, 2]]), [1, 2])
+    ids = host_known.extended(ids, torch.tensor([[3]]), [3])
+    assert ids.host == [1, 2, 3] and ids.tolist() == [[7, 8, 9, 1, 2, 3]]
+    ids.host[:] = [10, 20, 30]  # to see which of the two is read
+    assert [ids[0, start:].tolist() for start in (3, 5, 6, -1)] == [[10, 20, 30], [30], [], [30]]
+    assert ids[0, 2:].tolist() == [9, 1, 2, 3] and ids[0, 3::2].tolist() == [1, 3] and ids[:, 3:].tolist() == [[1, 2, 3]]
+    assert ids[0, 4:5].tolist() == [20] and ids[0].tolist() == [7, 8, 9, 1, 2, 3] and int(ids[0, 4]) == 2
+    assert type(torch.cat([ids, ids], 1)) is torch.Tensor is type(ids + 1)
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_on_cuda_with_fewer_waits(trained):
+def test_on_cuda_a_step_waits_once(trained):
     model, prompts = copy.deepcopy(trained[0]).cuda(), [p.cuda() for p in trained[1]]
     model.ea_layer.init_tree()
     vars(model).pop("past_key_values", None)  # .cuda() does not move it
-    found = []
-    for patched in (False, True):
-        if patched:
-            optimize_eagle(model)
-        tokens = model.eagenerate(prompts[0], **GREEDY)[0]
-        with counted_syncs(model) as counter:
-            model.eagenerate(prompts[0], **GREEDY)
-        found.append((tokens, counter["syncs"]))
-    assert torch.equal(found[0][0], found[1][0]) and 0 < found[1][1] < found[0][1]
-    assert {name.removesuffix("/reference") for name in eagle_hits(model)} == OPERATIONS
+    optimize_eagle(model)
+    for temperature in (0.0, 0.5):
+        found = []
+        model.eagenerate(prompts[0], temperature, **GREEDY)
+        for new in (4, 24):
+            with counted_syncs(model) as counter:
+                tokens, _, last = model.eagenerate(prompts[0], temperature, max_new_tokens=new, max_length=256, log=True)
+            found.append((last + 1, counter["syncs"]))
+        (few, waits_of_few), (many, waits_of_many) = found
+        assert many >= few + 2 and waits_of_many - waits_of_few == many - few
+        if not temperature:
+            assert torch.equal(tokens.cpu(), trained[0].eagenerate(trained[1][0], max_new_tokens=24, max_length=256))
+    assert {name.removesuffix("/reference") for name in eagle_hits(model)} == OPERATIONS | {"verify_sampling"}
 
 
 @pytest.mark.parametrize("processor", [None, small_model_steps.prepare_logits_processor(1.0)], ids=["greedy", "sampling"])

@@ -14,7 +14,7 @@ from sparse_attention.eagle.select import select_tree
 from sparse_attention.eagle.static import EAGLE1_MC_SIM_7B_63, TreeBuffers, generate_tree_buffers
 from sparse_attention.eagle.verify_greedy import verify_greedy
 from sparse_attention.eagle.verify_sampling import verify_sampling
-from sparse_attention.eagle.views import engines_view, upstream_view
+from sparse_attention.eagle.views import accepted_tokens, engines_view, upstream_view
 
 __all__ = [
     "Committed",
@@ -25,6 +25,7 @@ __all__ = [
     "TopK",
     "TreeBuffers",
     "Verified",
+    "accepted_tokens",
     "append",
     "assemble_tree",
     "build",

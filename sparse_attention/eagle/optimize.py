@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from sparse_attention.eagle.checks import IMPLS, check_choice
+from sparse_attention.eagle.host_known import plain_results
 from sparse_attention.eagle.optimize_model import STEPS, recognise, unwrapped
 from sparse_attention.eagle.optimize_steps import DynamicSteps, StaticSteps, Steps
 
@@ -44,7 +45,7 @@ def optimize_eagle(model: nn.Module, *, impl: str = "auto") -> tuple[nn.Module, 
     steps.original_methods = original_methods
     replaced = {name: getattr(steps, name) for name in STEPS}
     for name in found.generators:
-        vars(model)[name] = with_globals(original_methods[name], replaced)
+        vars(model)[name] = plain_results(with_globals(original_methods[name], replaced))
     vars(model.ea_layer)["topK_genrate"] = steps.topK_genrate
     vars(model)[_STEPS_OF] = steps
     return model, original_methods

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sparse_attention.eagle.build import build_tree
 from sparse_attention.eagle.commit import commit
 from sparse_attention.eagle.draft import cumulative_topk, logsoftmax_topk
+from sparse_attention.eagle.host_known import extended
 from sparse_attention.eagle.native import engine
 from sparse_attention.eagle.optimize_model import Found, unwrapped
 from sparse_attention.eagle.outputs import DraftTree, TopK, Verified
@@ -18,6 +19,7 @@ from sparse_attention.eagle.paths import trim_retrieve_indices
 from sparse_attention.eagle.static import generate_tree_buffers
 from sparse_attention.eagle.verify_greedy import verify_greedy
 from sparse_attention.eagle.verify_sampling import verify_sampling
+from sparse_attention.eagle.views import accepted_tokens
 
 OPERATIONS = {  # what is counted, and the compiled function that it runs
     logsoftmax_topk: "logsoftmax_topk",
@@ -53,13 +55,15 @@ class Steps:
         )
 
     def commit(self, verified: Verified, input_ids: Tensor, caches: list[Tensor], current_length_data: Tensor, hidden: Tensor):
-        """(input_ids with the accepted tokens, their hidden states, how many they are with the root). The one wait for the device."""
+        """(input_ids with the accepted tokens, their hidden states, how many they are with the root). The step's one wait for the device:
+        the accepted tokens go to the host, which needs their number for the shapes that follow, and themselves for the end token."""
         length = input_ids.shape[1]
         done = self.run(commit, caches, length, verified.accept_index, verified.accept_length, hidden=hidden)
-        count = int(verified.accept_length) + 1
+        *tokens, _ = accepted_tokens(self.tree, verified)[0]
+        count = len(tokens)
         current_length_data.fill_(length + count)
         accepted = self.tree.draft_tokens.gather(1, verified.accept_index[:, :count])
-        return torch.cat([input_ids, accepted.to(input_ids.device)], 1), done.hidden[:, :count], count
+        return extended(input_ids, accepted.to(input_ids.device), tokens), done.hidden[:, :count], count
 
     def next_draft(self, model, input_ids: Tensor, token: Tensor, hidden: Tensor, logits_processor):
         return model.ea_layer.topK_genrate(
