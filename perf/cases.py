@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from perf import eagle_cases
 from sparse_attention.breakeven import Case
 
 CASES: list[Case] = []
@@ -138,3 +139,5 @@ for nodes, prefix, dtype in (
     case = f"decode/{nodes}-after-{prefix}/{dtype}"
     tags = () if nodes == 26 and dtype == "float32" else ("full",)
     CASES.append(Case(case, "perf.decode_workloads:tree", {"nodes": nodes, "prefix": prefix, "dtype": dtype}, tags=tags))
+
+CASES += eagle_cases.CPU

@@ -2,45 +2,85 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
+import functools
 
+import torch
+
+from perf import cuda_workloads
 from perf.workloads import _no_grad, _require_kernels
-from sparse_attention import decode, eagle
+from sparse_attention import baselines, decode, eagle
 from sparse_attention.breakeven import Workload
+from sparse_attention.breakeven.device import current_device
 from sparse_attention.decode_reference import decode_reference, visible
 
 
 def tree(nodes: int, prefix: int, dtype: str, heads: int = 32, kv_heads: int = 8, head_dim: int = 128) -> Workload:
     """A random tree of `nodes` after `prefix` tokens; one node is a token's decoding. Ancestor words and masks are made beforehand."""
-    _require_kernels()
-    generator = torch.Generator().manual_seed(0)
+    device = _device()
     kind = getattr(torch, dtype)
+    generator = torch.Generator().manual_seed(0)
     parents = torch.tensor([[-1, *(int(torch.randint(0, n, (), generator=generator)) for n in range(1, nodes))]])
-    words = eagle.tree_mask(parents, "bits")
+    words = eagle.tree_mask(parents, "bits", impl="reference").to(device)
     shapes = [(1, heads, nodes, head_dim)] + 2 * [(1, kv_heads, prefix + nodes, head_dim)]
-    q, k, v = (torch.randn(shape, generator=generator).to(kind) for shape in shapes)
-    lengths = torch.tensor([prefix + nodes])
+    q, k, v = (torch.empty(shape, dtype=kind, device=device) for shape in shapes)
+    refresh = functools.partial(_draw, (q, k, v))
+    refresh(1 << 32)
+    lengths = torch.tensor([prefix + nodes], device=device)
     seen = visible(lengths, nodes, prefix + nodes, words, -1, 0)[0]
-    masks = {"mask": seen, "bias": torch.zeros(seen.shape, dtype=kind).masked_fill(~seen, -torch.inf)} if nodes > 1 else {"": None}
-
-    def grouped(mask):
-        return lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-
-    def repeated():
-        k_all, v_all = (x.repeat_interleave(heads // kv_heads, 1) for x in (k, v))
-        return F.scaled_dot_product_attention(q, k_all, v_all, attn_mask=next(iter(masks.values())))
-
-    rivals = {f"sdpa {name}".strip(): grouped(mask) for name, mask in masks.items()}
-
-    def check(out):
-        want, _ = decode_reference(q.double(), k.double(), v.double(), lengths, words, -1, 0, None, head_dim**-0.5)
-        tolerance = 1e-5 if kind == torch.float32 else 2e-2
-        torch.testing.assert_close(out.double(), want, atol=tolerance, rtol=tolerance)
-
+    masks = {"mask": seen, "bias": torch.zeros(seen.shape, dtype=kind, device=device).masked_fill(~seen, -torch.inf)}
+    rivals = {}
+    for name, mask in (masks if nodes > 1 else {"": None}).items():
+        ways = baselines.dense(q, k, v, causal=False, mask=mask)
+        rivals.update({f"{way} {name}".strip(): _no_grad(call) for way, call in ways.items() if way != baselines.COMPILED})
     return Workload(
         candidate=_no_grad(lambda: decode(q, k, v, lengths, ancestors=words)),
-        baselines={name: _no_grad(call) for name, call in {**rivals, "sdpa, heads repeated": repeated}.items()},
-        check=check,
+        baselines=rivals,
+        check=lambda out: _check(out, q, k, v, lengths, words),
         inputs=(q, k, v),
+        refresh=refresh,
     )
+
+
+def window(batch: int, window: int, length: int, dtype: str, heads: int = 32, kv_heads: int = 8, head_dim: int = 128) -> Workload:
+    """One token of each request against the last `window` of `length` keys; the rival reads a slice of the cache. The rest is NaN."""
+    device = _device()
+    kind = getattr(torch, dtype)
+    k_all, v_all = (x[:batch] for x in _caches(batch, kv_heads, length, head_dim, kind, device))
+    k, v = (x[:, :, length - window :] for x in (k_all, v_all))
+    q = torch.empty(batch, heads, 1, head_dim, dtype=kind, device=device)
+    refresh = functools.partial(_draw, (q, k, v))
+    refresh(1 << 32)
+    lengths = torch.full((batch,), length, device=device)
+    some = slice(0, 2)  # requests that are checked
+    ways = baselines.dense(q, k, v, causal=False)
+    return Workload(
+        candidate=_no_grad(lambda: decode(q, k_all, v_all, lengths, window=window)),
+        baselines={name: _no_grad(call) for name, call in ways.items() if name != baselines.COMPILED},
+        check=lambda out: _check(out[some], q[some], k[some], v[some], torch.full_like(lengths[some], window), None),
+        inputs=(q, k, v),
+        refresh=refresh,
+    )
+
+
+@functools.cache
+def _caches(batch: int, kv_heads: int, length: int, head_dim: int, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.full((batch, kv_heads, length, head_dim), torch.nan, dtype=dtype, device=device) for _ in range(2))
+
+
+def _check(out, q, k, v, lengths, words) -> None:
+    want, _ = decode_reference(q.double(), k.double(), v.double(), lengths, words, -1, 0, None, q.shape[3] ** -0.5)
+    tolerance = 1e-5 if out.dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(out.double(), want, atol=tolerance, rtol=tolerance)
+
+
+def _draw(tensors, seed: int) -> None:
+    generator = torch.Generator(tensors[0].device).manual_seed(seed)
+    for x in tensors:
+        x.normal_(generator=generator)
+
+
+def _device() -> str:
+    """The device whose clock runs here; Unavailable where its kernels are not."""
+    device = current_device()
+    (_require_kernels if device == "cpu" else cuda_workloads._require_device)()
+    return device

@@ -54,11 +54,11 @@ def rows(batches: Sequence[int], nodes: Sequence[int], vocabularies: Sequence[in
         sizes = {"batch": batch, "k": k}
         yield _row("cumulative_topk", sizes, lambda impl: cumulative_topk(log_probs, scores, k, level=1, impl=impl))
     for batch, k, count in itertools.product(batches, ks, nodes):
-        candidates = _candidates(batch, k, device)
-        total = min(count - 1, candidates[0].shape[1])
+        drafted = candidates(batch, k, device)
+        total = min(count - 1, drafted[0].shape[1])
         root = torch.zeros(batch, dtype=torch.int64, device=device)
         sizes = {"batch": batch, "nodes": total + 1, "k": k}
-        yield _row("build_tree", sizes, lambda impl: build_tree(*candidates, total, root, impl=impl))
+        yield _row("build_tree", sizes, lambda impl: build_tree(*drafted, total, root, impl=impl))
     for batch, count in itertools.product(batches, nodes):
         tree = _tree(batch, count, min(ks[-1], 10), device)
         for vocab in vocabularies:
@@ -132,13 +132,14 @@ def _random(*shape: int, device: str, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
 
 
-def _candidates(batch: int, k: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """scores, tokens and parents of _LEVELS levels of random drafting."""
-    best = logsoftmax_topk(_random(batch, 200 + k, device=device, seed=5), k)
+def candidates(batch: int, k: int, device: str, levels: int = _LEVELS, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """scores and tokens [batch, F] and parents [batch, P] of random drafting, `levels` after the first; about as sure as a real draft."""
+    first = seed * (levels + 1)
+    best = logsoftmax_topk(3 * _random(batch, 200 + k, device=device, seed=first), k)
     scores, tokens, nodes = [best.values], [best.tokens], best.values
     parents = [torch.zeros(batch, 1, dtype=torch.int64, device=device), torch.arange(1, k + 1, device=device).expand(batch, k)]
-    for level in range(_LEVELS):
-        best = logsoftmax_topk(_random(batch, k, 200 + k, device=device, seed=level), k)
+    for level in range(levels):
+        best = logsoftmax_topk(3 * _random(batch, k, 200 + k, device=device, seed=first + level + 1), k)
         front = cumulative_topk(best.values, nodes, k, tokens=best.tokens, level=level)
         nodes = front.scores
         scores.append(front.cumulative.flatten(1))
@@ -148,10 +149,10 @@ def _candidates(batch: int, k: int, device: str) -> tuple[Tensor, Tensor, Tensor
 
 
 def _tree(batch: int, count: int, k: int, device: str) -> DraftTree:
-    candidates = _candidates(batch, k, device)
-    if count > candidates[0].shape[1]:
-        raise ValueError(f"--nodes is {count}; expected at most {candidates[0].shape[1]} with --k {k}")
-    return build_tree(*candidates, count - 1, torch.zeros(batch, dtype=torch.int64, device=device), row_order="sorted")
+    drafted = candidates(batch, k, device)
+    if count > drafted[0].shape[1]:
+        raise ValueError(f"--nodes is {count}; expected at most {drafted[0].shape[1]} with --k {k}")
+    return build_tree(*drafted, count - 1, torch.zeros(batch, dtype=torch.int64, device=device), row_order="sorted")
 
 
 def _within(tree: DraftTree, vocab: int) -> DraftTree:

@@ -130,14 +130,21 @@ class Model(nn.Module):
             tokens_list.append(tokens.view(-1))
             scores_list.append(cumulative.view(-1))
             tree_mask = torch.cat([tree_mask[:, :, rows], self.tree_mask_init], 3)
-        selected = torch.cat(scores_list).topk(self.total_tokens).indices.sort().values
-        draft_tokens = torch.cat([sample_token, torch.cat(tokens_list)[selected]])
-        above = torch.cat(parents_list)[selected // top_k]
-        parents = torch.searchsorted(selected, above - 1)
-        parents = torch.where(above == 0, -1, parents) + 1
-        mask, retrieve_indices = _layout(parents.tolist(), logits_processor is not None)
-        positions = mask.sum(1) - 1
-        return draft_tokens[None], retrieve_indices, mask.float()[None, None], positions.to(hidden_states.device)
+        candidates = torch.cat(scores_list), torch.cat(tokens_list), torch.cat(parents_list)
+        return tree_of(*candidates, sample_token, self.total_tokens, top_k, logits_processor is not None)
+
+
+def tree_of(scores: Tensor, tokens: Tensor, parents: Tensor, root: Tensor, total_tokens: int, top_k: int, sort_rows: bool):
+    """(draft_tokens [1, N], retrieve_indices [leaves, W], tree_mask [1, 1, N, N], tree_position_ids [N]) of candidates: scores and tokens
+    [F], parents [P], root [1]. The mask and the rows are made on the host and stay there."""
+    selected = scores.topk(total_tokens).indices.sort().values
+    draft_tokens = torch.cat([root, tokens[selected]])
+    above = parents[selected // top_k]
+    nodes = torch.searchsorted(selected, above - 1)
+    nodes = torch.where(above == 0, -1, nodes) + 1
+    mask, retrieve_indices = _layout(nodes.tolist(), sort_rows)
+    positions = mask.sum(1) - 1
+    return draft_tokens[None], retrieve_indices, mask.float()[None, None], positions.to(scores.device)
 
 
 def _layout(parents: list[int], sort_rows: bool) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,65 @@
+"""The builders of EAGLE's cases: small ones are right, follow their inputs, and their checks find an output that is wrong."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from perf import decode_workloads, eagle_cases, eagle_generation, eagle_workloads
+from sparse_attention import eagle
+from sparse_attention.breakeven import select
+from sparse_attention.breakeven.checking import check_fresh
+
+SMALL = {
+    "build": (eagle_workloads.build, {"nodes": 20, "depth": 3}),
+    "build bits": (eagle_workloads.build, {"nodes": 20, "depth": 3, "mask": "bits"}),
+    "mask": (eagle_workloads.mask, {"nodes": 40}),
+    "verify": (eagle_workloads.verify, {"vocab": 500, "dtype": "float32"}),
+    "verify, argmax": (eagle_workloads.verify, {"vocab": 500, "dtype": "bfloat16", "batch": 3, "rival": "argmax"}),
+    "commit": (eagle_workloads.commit, {"layers": 2, "rows": 400, "dtype": "bfloat16"}),
+    "step": (eagle_workloads.step, {"vocab": 600, "layers": 2, "rows": 400, "dtype": "float32"}),
+    "draft": (eagle_workloads.draft, {"vocab": 700, "dtype": "float32"}),
+    "tree": (decode_workloads.tree, {"nodes": 9, "prefix": 30, "dtype": "float32", "heads": 4, "kv_heads": 2, "head_dim": 16}),
+    "window": (decode_workloads.window, {"batch": 3, "window": 16, "length": 90, "dtype": "float32", "heads": 4, "kv_heads": 2, "head_dim": 16}),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_right_on_changing_inputs(name):
+    builder, args = SMALL[name]
+    workload = builder(**args)
+    check_fresh(workload, 5)
+    for name, call in workload.baselines.items():
+        if "EAGLE" not in name and name not in ("argmax", "PyTorch's"):
+            workload.check(call())
+
+
+def test_generation_is_equal():
+    check_fresh(eagle_generation.generate(vocab=96, tokens=12), 5)
+
+
+@pytest.mark.parametrize("name", ["build", "mask", "verify", "commit", "step"])
+def test_a_wrong_output_is_found(name, monkeypatch):
+    builder, args = SMALL[name]
+    workload = builder(**args)
+    right = workload.candidate()
+    workload.check(right)
+    wrong = {
+        "build": lambda: right._replace(depths=right.depths + 1),
+        "mask": lambda: right | True,
+        "verify": lambda: right._replace(accept_length=right.accept_length - 1),
+        "commit": lambda: right._replace(hidden=right.hidden * 2),
+        "step": lambda: ([*right[0], 3], right[1]),
+    }[name]()
+    with pytest.raises(AssertionError):
+        workload.check(wrong)
+    if name in ("commit", "step"):  # a cache that is left as it is
+        monkeypatch.setattr(eagle, "commit", lambda caches, lengths, *path, hidden: right if name == "commit" else eagle.Committed(lengths, right[1]))
+        with pytest.raises(AssertionError):
+            workload.check(right)
+
+
+def test_few_rows_run_by_default_on_the_cpu():
+    assert 3 <= len(select(eagle_cases.CPU)) <= 4 < len(select(eagle_cases.CPU, sizes="full"))
+    for table in (eagle_cases.CPU, eagle_cases.CUDA):
+        assert {"build", "mask", "verify", "commit", "step", "generate", "tree"} <= {case.build.split(":")[1] for case in table}
