@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from perf import eagle_cases
 from sparse_attention.breakeven import Case
 
 CASES: list[Case] = []
@@ -68,3 +69,5 @@ add(
 against_flex("window1024/128k/d64", "SlidingWindow(1024)", [128 * K, 16, 16, 64], 1.2, ("full",))
 against_flex("window1024/16k/d64", "SlidingWindow(1024)", [16 * K, 16, 16, 64], 1.2)
 add("window4096/128k/sm80-of-flash", "tier", 1.0, pattern="SlidingWindow(4096)", shape=[128 * K], name="sm80", rival="sdpa flash_attention")
+
+CASES += eagle_cases.CUDA
