@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from perf import decode_workloads, eagle_cases, eagle_generation, eagle_workloads
+from perf import decode_workloads, eagle_cases, eagle_generation, eagle_workloads, mask_race
 from sparse_attention import eagle
 from sparse_attention.breakeven import select
 from sparse_attention.breakeven.checking import check_fresh
@@ -63,3 +63,10 @@ def test_few_rows_run_by_default_on_the_cpu():
     assert 3 <= len(select(eagle_cases.CPU)) <= 4 < len(select(eagle_cases.CPU, sizes="full"))
     for table in (eagle_cases.CPU, eagle_cases.CUDA):
         assert {"build", "mask", "verify", "commit", "step", "generate", "tree"} <= {case.build.split(":")[1] for case in table}
+
+
+def test_the_mask_race_prints_its_tables(capsys):
+    mask_race.main(["--nodes", "16", "33", "--sections", "20", "--budget", "0"])
+    masks, sections = capsys.readouterr().out.split("\n\n")
+    assert [line.split(" | ")[0] for line in masks.splitlines()[2:]] == ["| 16", "| 33"]
+    assert "tolist" in sections and [line.split(" | ")[0] for line in sections.splitlines()[2:]] == [f"| {way}" for way in mask_race.WAYS]
