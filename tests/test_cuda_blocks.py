@@ -107,6 +107,9 @@ def test_bits_and_order(heads, blocks, density):
     made = native.filter(native.Layout([native.Part(*part)], heads, length, length, 64, 80), mask, 64)
     bits = (made.bits.unsqueeze(-1) >> torch.arange(64, device="cuda") & 1).bool().flatten(2)[..., :blocks]
     assert torch.equal(bits[:, :blocks], mask)
+    either = made.bits[:, 0::2] | made.bits[:, 1::2]
+    used = (made.used.unsqueeze(-1) >> torch.arange(64, device="cuda") & 1).bool().flatten(2)[..., : either.shape[2]]
+    assert torch.equal(used, either != 0)
     order = made.order.long()
     assert torch.equal(order.sort().values, torch.arange(len(items), device="cuda"))
     items = items[order].long()

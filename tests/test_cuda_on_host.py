@@ -116,6 +116,16 @@ def test_a_block_mask_filters_the_tiles(library, keys):
     assert is_right(q, k, v, mask, *forward(library, q, k, v, sa.Causal(), keys, bits, order))
 
 
+def test_words_of_a_block_mask_without_bits_are_passed_over(library):
+    q, k, v = tensors(1, 1, 1, 128, 64 * 4300, 64)
+    seen = torch.zeros(1, 2, 68 * 64, dtype=torch.bool)
+    for half, tile in ((0, 0), (1, 63), (0, 200), (1, 200), (0, 4099), (1, 4299)):
+        seen[0, half, tile] = True
+    words = seen.unflatten(2, (-1, 64)).long() << torch.arange(64)
+    mask = seen.repeat_interleave(64, 1).repeat_interleave(64, 2)[..., : 64 * 4300]
+    assert is_right(q, k, v, mask, *forward(library, q, k, v, sa.Dense(), 64, words.sum(3), torch.tensor([0], dtype=torch.int32)))
+
+
 def test_strides(library):
     base = torch.randn(1, 100, 3, 2, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
     q, k, v = (base[:, :, n].transpose(1, 2) for n in range(3))

@@ -28,12 +28,14 @@ Filter filter(const Layout& layout, const Tensor& mask_in, int64_t block) {
   const auto stream = at::cuda::getCurrentCUDAStream();
   const Tensor mask = mask_in.contiguous();
   const int64_t rows = 2 * ((layout.q_len + kTileQueries - 1) / kTileQueries), tiles = (layout.kv_len + layout.keys - 1) / layout.keys;
-  Filter made{at::empty({heads, rows, (tiles + 63) / 64}, mask.options().dtype(at::kLong)), Tensor()};
+  const int64_t words = (tiles + 63) / 64;
+  Filter made{at::empty({heads, rows, words}, mask.options().dtype(at::kLong))};
+  made.used = at::empty({heads, rows / 2, (words + 63) / 64}, made.bits.options());
   blocks::Pack pack{};
   pack.mask = static_cast<const uint8_t*>(mask.data_ptr());
   pack.bits = reinterpret_cast<uint64_t*>(made.bits.data_ptr<int64_t>());
   pack.heads = heads, pack.q_blocks = mask.size(1), pack.kv_blocks = mask.size(2);
-  pack.rows = rows, pack.words = made.bits.size(2);
+  pack.rows = rows, pack.words = words;
   pack.rows_a_block = block / 64, pack.tiles_a_block = block / layout.keys;
   C10_CUDA_CHECK(static_cast<cudaError_t>(blocks::pack(pack, stream)));
   const Part& part = layout.parts[0];
@@ -41,7 +43,7 @@ Filter filter(const Layout& layout, const Tensor& mask_in, int64_t block) {
   made.apply(t, part);
   const Tensor lengths = at::empty({t.n_work}, mask.options().dtype(at::kInt));
   made.order = at::empty_like(lengths);
-  C10_CUDA_CHECK(static_cast<cudaError_t>(blocks::count(t, lengths.data_ptr<int32_t>(), stream)));
+  C10_CUDA_CHECK(static_cast<cudaError_t>(blocks::count(t, lengths.data_ptr<int32_t>(), reinterpret_cast<uint64_t*>(made.used.data_ptr<int64_t>()), stream)));
   C10_CUDA_CHECK(static_cast<cudaError_t>(
       blocks::sort(t, lengths.data_ptr<int32_t>(), made.order.data_ptr<int32_t>(), layout.heads, kSection, kOutlier, stream)));
   return made;

@@ -33,13 +33,15 @@ constexpr int kLast = 1 << 30, kDead = 1 << 29, kFull = kDead - 1;
 // What a tier reads of a part: device pointers; sparse_attention/cuda_tables.py makes the tables.
 struct Tables {
   const Work* work;          // [n_work]
-  const int32_t* starts;     // [blocks + 1]: which items each block takes, or null: blocks take `order` in turn
-  const int32_t* order;      // [n_work]
+  const int32_t* starts;     // [blocks + 1]: which items each block takes
+  const int32_t* order;      // [n_work] or null: blocks take the next of this order when they are free, and `starts` is not read
+  int32_t* ticket;           // with `order`: 0, counts what was taken
   const int32_t* row_start;  // of the layout
   const Run* runs;
   const uint64_t* masks;     // [n_masks, 128, keys / 64]
   const uint64_t* dead;      // [n_masks, keys / 64]: keys that no query of the tile sees
   const uint64_t* bits;      // [bit_heads, bit_rows, bit_words] or null: the key tiles that each 64 queries may see beside what runs say
+  const uint64_t* used;      // [bit_heads, bit_rows / 2, bit_words / 64 rounded up]: which words are not 0 for both halves of a tile
   const int32_t* marks;      // [3, bit_masks + 1]: what a run's mask, the last for kFull, becomes where both halves of the queries may see a
                              // tile, the upper one only, the lower one only
   int32_t n_work, batch;

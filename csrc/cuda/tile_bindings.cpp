@@ -78,6 +78,7 @@ Tables Part::tables(int64_t batch) const {
 
 void Filter::apply(Tables& t, const Part& part) const {
   t.bits = reinterpret_cast<const uint64_t*>(bits.data_ptr<int64_t>());
+  t.used = reinterpret_cast<const uint64_t*>(used.data_ptr<int64_t>());
   t.bit_heads = bits.size(0), t.bit_rows = bits.size(1), t.bit_words = bits.size(2);
   t.marks = part.marks.data_ptr<int32_t>();
   t.bit_masks = part.marks.size(1) - 1;
@@ -102,6 +103,11 @@ std::tuple<Tensor, Tensor> tile_forward(const Tensor& q_in, const Tensor& k_in, 
   const Tensor lse = with_lse ? at::empty({q.size(0), q.size(1), q.size(2)}, q.options().dtype(at::kFloat)) : Tensor();
   const Tensor partial = layout.merges ? at::empty(q.sizes(), q.options().dtype(at::kFloat)) : Tensor();
   const auto stream = at::cuda::getCurrentCUDAStream();
+  Tensor ticket;
+  if (filter) {
+    ticket = at::empty({1}, q.options().dtype(at::kInt));
+    C10_CUDA_CHECK(cudaMemsetAsync(ticket.data_ptr(), 0, ticket.nbytes(), stream));
+  }
   const Kernel run = kernel(layout.tier, q.scalar_type());
   for (const Part& part : layout.parts) {
     Forward f{strided(q), strided(k), strided(v), strided(out)};
@@ -109,7 +115,7 @@ std::tuple<Tensor, Tensor> tile_forward(const Tensor& q_in, const Tensor& k_in, 
     f.lse = with_lse ? lse.data_ptr<float>() : nullptr;
     f.kept = part.kept.get();
     f.tables = part.tables(q.size(0));
-    if (filter) filter->apply(f.tables, part);
+    if (filter) filter->apply(f.tables, part), f.tables.ticket = ticket.data_ptr<int32_t>();
     f.batch = q.size(0), f.heads = q.size(1), f.kv_heads = k.size(1);
     f.q_len = layout.q_len, f.kv_len = layout.kv_len, f.head_dim = q.size(3);
     f.stride = part.stride, f.keys = layout.keys;
@@ -126,7 +132,7 @@ void bind_tile(pybind11::module_& m) {
   pybind11::class_<Part>(m, "Part").def(pybind11::init<int64_t, int64_t, bool, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                                                        const Tensor&, const Tensor&, const Tensor&>());
   pybind11::class_<Layout>(m, "Layout").def(pybind11::init<std::vector<Part>, int64_t, int64_t, int64_t, int64_t, int64_t>());
-  pybind11::class_<Filter>(m, "Filter").def_readonly("bits", &Filter::bits).def_readonly("order", &Filter::order);
+  pybind11::class_<Filter>(m, "Filter").def_readonly("bits", &Filter::bits).def_readonly("used", &Filter::used).def_readonly("order", &Filter::order);
   m.def("sm80_resident_blocks", &sm80::resident_blocks);
   m.def("tile_forward", &tile_forward, pybind11::arg("q"), pybind11::arg("k"), pybind11::arg("v"), pybind11::arg("layout"),
         pybind11::arg("scale"), pybind11::arg("filter") = nullptr, pybind11::arg("with_lse") = true);

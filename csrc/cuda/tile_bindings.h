@@ -28,7 +28,7 @@ struct Part {
 
 // Which key tiles each 64 queries may see beside what the layout says, and the order of its items.
 struct Filter {
-  Tensor bits, order;
+  Tensor bits, used, order;
 
   void apply(Tables& t, const Part& part) const;
 };

@@ -30,6 +30,9 @@ extern "C" __attribute__((visibility("default"))) int run(void** pointers, const
   t.bits = static_cast<const uint64_t*>(pointers[13]), t.order = static_cast<const int32_t*>(pointers[14]);
   t.n_work = sizes[0], t.batch = sizes[1], p.heads = sizes[2], p.group = sizes[2] / sizes[3], p.q_len = sizes[4], p.kv_len = sizes[5];
   p.head_dim = sizes[6], p.keys = sizes[7], p.merge = static_cast<Merge>(sizes[8]);
+  const std::vector<uint64_t> used = host::used_words(t.bits, sizes[9] * sizes[10] / 2, sizes[11]);
+  int32_t ticket = 0;
+  t.used = used.data(), t.ticket = &ticket;
   t.bit_heads = sizes[9], t.bit_rows = sizes[10], t.bit_words = sizes[11], t.bit_masks = sizes[12];
   p.scale_log2 = scale * 1.4426950408889634f, p.slack = 8 / p.scale_log2;
   host::block.barriers = barriers;

@@ -2,7 +2,14 @@
 #pragma once
 #include "threads.h"
 
-struct __nv_bfloat16 {};
+struct __nv_bfloat16 {
+  uint16_t bits;
+};
+struct __half {};
+
+inline int __popcll(uint64_t x) { return __builtin_popcountll(x); }
+
+inline int __shfl_sync(unsigned, int value, int) { return value; }  // by one lane for itself
 
 namespace sparse_attention::sm80 {
 
@@ -22,13 +29,15 @@ void copy_few(void* to, const void* from) {
   copy(static_cast<uint8_t*>(to), from, kBytes, true);
 }
 
-inline void copies_commit() {}
+inline void copies_commit() { host::self().copies.push_back(nullptr); }  // the end of a group
 
 template <int kLeft>
 void copies_wait() {
-  static_assert(kLeft == 0);
-  for (const auto& finish : host::self().copies) finish();
-  host::self().copies.clear();
+  auto& copies = host::self().copies;
+  auto groups = std::count(copies.begin(), copies.end(), nullptr);
+  auto next = copies.begin();
+  for (; groups > kLeft; ++next) *next ? (*next)() : void(--groups);
+  copies.erase(copies.begin(), next);
 }
 
 struct MatrixLoad {

@@ -116,6 +116,16 @@ inline void run_block(int threads, std::mt19937& random, std::function<void()> b
   }
 }
 
+// `used` of struct Tables for tiles of two rows of words.
+inline std::vector<uint64_t> used_words(const uint64_t* bits, int64_t tiles, int words) {
+  const int wide = (words + 63) / 64;
+  std::vector<uint64_t> used(bits ? tiles * wide : 0);
+  for (int64_t tile = 0; bits && tile < tiles; ++tile)
+    for (int word = 0; word < words; ++word)
+      used[tile * wide + word / 64] |= uint64_t{(bits[2 * tile * words + word] | bits[(2 * tile + 1) * words + word]) != 0} << word % 64;
+  return used;
+}
+
 }  // namespace host
 
 inline void __syncthreads() {
@@ -143,6 +153,13 @@ inline bool __any_sync(unsigned, bool value) {
     for (int lane = 0; lane < 32; ++lane) *x[lane] = any;
   });
   return mine;
+}
+
+template <class T>
+T atomicAdd(T* at, T value) {
+  const T old = *at;
+  *at += value;
+  return old;
 }
 
 inline float __log2f(float x) { return std::log2(x); }

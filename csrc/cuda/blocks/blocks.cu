@@ -59,11 +59,18 @@ __device__ __forceinline__ int set_bits(const uint64_t* upper, const uint64_t* l
   return found;
 }
 
-__global__ void count_kernel(const Tables t, int32_t* lengths) {
+__global__ void count_kernel(const Tables t, int32_t* lengths, uint64_t* used) {
   const int n = blockIdx.x * blockDim.x + threadIdx.x;
   if (n >= t.n_work) return;
   const Work w = t.work[n];
-  const uint64_t* upper = t.bits + (int64_t{w.head % t.bit_heads} * t.bit_rows + 2 * w.tile) * t.bit_words;
+  const int64_t tile = int64_t{w.head % t.bit_heads} * (t.bit_rows / 2) + w.tile;
+  const uint64_t* upper = t.bits + tile * 2 * t.bit_words;
+  for (int first = 0; first < t.bit_words; first += 64) {
+    uint64_t found = 0;
+    for (int word = first; word < min(first + 64, t.bit_words); ++word)
+      found |= uint64_t{(upper[word] | upper[t.bit_words + word]) != 0} << (word - first);
+    used[tile * ((t.bit_words + 63) / 64) + first / 64] = found;  // heads with one mask write the same
+  }
   int length = 0;
   for (int r = t.row_start[w.row]; r < t.row_start[w.row + 1]; ++r)
     length += set_bits(upper, upper + t.bit_words, t.runs[r].first, t.runs[r].count);
@@ -139,8 +146,8 @@ int pack(const Pack& p, void* stream) {
   return cudaGetLastError();
 }
 
-int count(const Tables& t, int32_t* lengths, void* stream) {
-  count_kernel<<<(t.n_work + 127) / 128, 128, 0, static_cast<cudaStream_t>(stream)>>>(t, lengths);
+int count(const Tables& t, int32_t* lengths, uint64_t* used, void* stream) {
+  count_kernel<<<(t.n_work + 127) / 128, 128, 0, static_cast<cudaStream_t>(stream)>>>(t, lengths, used);
   return cudaGetLastError();
 }
 

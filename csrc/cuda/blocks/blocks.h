@@ -16,8 +16,8 @@ struct Pack {
 // All return a cudaError_t.
 int pack(const Pack& p, void* stream);
 
-// How many key tiles each item visits: int32 [n_work].
-int count(const Tables& t, int32_t* lengths, void* stream);
+// How many key tiles each item visits: int32 [n_work]. And `used` of struct Tables.
+int count(const Tables& t, int32_t* lengths, uint64_t* used, void* stream);
 
 // The items, long ones first, `section` heads at a time: int32 [n_work] into `order`. Those over `outlier` times the mean come before all.
 int sort(const Tables& t, const int32_t* lengths, int32_t* order, int heads, int section, int outlier, void* stream);

@@ -96,12 +96,6 @@ inline int __clz(unsigned x) { return x ? __builtin_clz(x) : 32; }
 inline int __ffs(unsigned x) { return __builtin_ffs(int(x)); }
 inline void __threadfence() {}
 template <class T>
-T atomicAdd(T* at, T value) {
-  const T old = *at;
-  *at += value;
-  return old;
-}
-template <class T>
 void atomicMax(T* at, T value) {
   *at = std::max(*at, value);
 }

@@ -129,6 +129,9 @@ extern "C" __attribute__((visibility("default"))) int forward(void** pointers, c
   const int kv_len = sizes[5], keys = sizes[7], stride = sizes[13];
   const Merge merge = static_cast<Merge>(sizes[8]);
   p.head_dim = sizes[6];
+  const std::vector<uint64_t> used = host::used_words(t.bits, sizes[9] * sizes[10] / 2, sizes[11]);
+  int32_t ticket = 0;
+  t.used = used.data(), t.ticket = &ticket;
   t.bit_heads = sizes[9], t.bit_rows = sizes[10], t.bit_words = sizes[11], t.bit_masks = sizes[12];
   const bool has_dead = sizes[14];
   p.scale_log2 = scale * 1.4426950408889634f;

@@ -3,13 +3,7 @@
 #pragma once
 #include <map>
 
-#include "threads.h"
-
-#define __noinline__
-struct __nv_bfloat16 {
-  uint16_t bits;
-};
-struct __half {};
+#include "../sm80/ptx.h"
 
 struct CUtensorMap {
   uint8_t* data;
@@ -17,7 +11,6 @@ struct CUtensorMap {
   int rows;                      // of a box
 };
 
-inline int __popcll(uint64_t x) { return __builtin_popcountll(x); }
 inline uint32_t __ballot_sync(unsigned, bool value) {
   struct {
     bool value;
@@ -31,7 +24,7 @@ inline uint32_t __ballot_sync(unsigned, bool value) {
   return mine.all;
 }
 
-inline float __shfl_sync(unsigned, float value, int) { return value; }
+inline int __shfl_sync(unsigned, int value, int) { return value; }  // by one lane for itself
 
 namespace sparse_attention::sm90 {
 
