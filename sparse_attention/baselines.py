@@ -6,7 +6,9 @@ q, k, v: [batch, heads, seq, head_dim] as for `attention`; k and v may have fewe
 from __future__ import annotations
 
 import functools
+import importlib
 import os
+import types
 from collections.abc import Callable, Mapping
 
 import torch
@@ -15,11 +17,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sparse_attention import cuda_blocks
 from sparse_attention.patterns import Dense, Lengths, Pattern
+from sparse_attention.rows import rows
 
 Call = Callable[[], torch.Tensor]
 
 COMPILED = "sdpa compiled"
 COMPILED_FLAG = "SPARSE_ATTENTION_COMPILED_BASELINE"  # environment variable: 1 makes it a rival on CPU too, seconds a shape
+FLASH_ATTN = {"flash-attn 2": "flash_attn", "flash-attn 3": "flash_attn_interface", "flash-attn 4": "flash_attn.cute"}  # modules
+FLEX_BLOCK = 128  # queries and keys of a block of FlexAttention's mask
 MATH_BYTES = 1 << 26  # the math backend writes all scores: it is a rival only while they fit the caches
 
 
@@ -44,10 +49,29 @@ def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool, ma
         ways["sdpa, heads repeated"] = repeated
     for backend in _further_backends(q, k):
         ways[f"sdpa {backend.name.lower()}"] = _on(backend, sdpa)
+    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and mask is None and (q.shape[2] == k.shape[2] or not causal):
+        ways |= flash_attn(q, k, v, causal=causal)
     if q.is_cuda or (os.environ.get(COMPILED_FLAG) == "1" and not q.requires_grad):
         compiled = functools.cache(lambda: torch.compile(sdpa, dynamic=False))  # seconds, so not before it is called
         ways[COMPILED] = lambda: compiled()()
     return ways
+
+
+def flash_attn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool) -> dict[str, Call]:
+    """FlashAttention's own packages, those that can be imported: `is_causal` from the last query on."""
+    found = {}
+    for name, module in FLASH_ATTN.items():
+        try:
+            function = importlib.import_module(module).flash_attn_func
+        except Exception:  # whatever a package built for another torch raises
+            continue
+        found[name] = functools.partial(_flash_attn, function, q, k, v, causal)
+    return found
+
+
+def _flash_attn(function: Callable, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
+    out = function(*(x.transpose(1, 2) for x in (q, k, v)), causal=causal)
+    return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
 
 
 def prepare(ways: Mapping[str, Call]) -> Callable[[str], None]:
@@ -63,7 +87,7 @@ def masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern) 
 
 def flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern) -> Call:
     """FlexAttention, compiled, with a block mask that is made once. Patterns whose heads differ must be made of blocks."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import flex_attention
 
     lengths, heads, one = Lengths(q.shape[2], k.shape[2]), q.shape[1], pattern.for_head(0)
     alike = all(pattern.for_head(head) == one for head in range(heads))
@@ -78,26 +102,56 @@ def flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern) ->
         seen = table[head, i // blocks.blocked.block, j // blocks.blocked.block]
         return seen if isinstance(blocks.base, Dense) else seen & blocks.base.allows(i + lengths.offset, j, lengths)
 
-    # Compiled, it does not write the whole mask, 16 GiB at 128K; on CPU compiling takes longer than that.
-    make = torch.compile(create_block_mask) if q.is_cuda else create_block_mask
-    block_mask = make(mask_mod, None, None if alike else heads, *lengths, device=q.device.type)
-    compiled = torch.compile(flex_attention, dynamic=False)
+    block_mask = flex_mask(mask_mod, 1 if alike else heads, lengths, q.device)
     grouped = q.shape[1] != k.shape[1]
+
+    def attend(q, k, v, block_mask):
+        return flex_attention(q, k, v, block_mask=block_mask, enable_gqa=grouped)
+
+    # Recompilations are counted by code object, and past a limit it would run uncompiled: each call of this function has its own.
+    own = types.FunctionType(attend.__code__.replace(), globals(), "attend", None, attend.__closure__)
+    compiled = torch.compile(own, dynamic=False, fullgraph=True)
 
     def call():
         with torch.no_grad():  # on CPU it has no backward
-            return compiled(q, k, v, block_mask=block_mask, enable_gqa=grouped)
+            return compiled(q, k, v, block_mask)
 
     call()
     return call
+
+
+def flex_mask(mask_mod: Callable, heads: int, lengths: Lengths, device: torch.device, most: int = 1 << 28):
+    """What `create_block_mask` returns, made of at most about `most` pairs at a time: that one writes the mask of all pairs, 16 GiB at
+    128K, unless it is compiled, which takes seconds for each mask.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    q_blocks, kv_blocks = (-(-length // FLEX_BLOCK) for length in lengths)
+    visited, full = (torch.empty(heads, q_blocks, kv_blocks, dtype=torch.bool, device=device) for _ in range(2))
+    step = max(1, most // (lengths.kv_len * FLEX_BLOCK))
+    j = torch.arange(lengths.kv_len, device=device)[None]
+    for head in range(heads):
+        for first in range(0, q_blocks, step):
+            i = torch.arange(first * FLEX_BLOCK, min((first + step) * FLEX_BLOCK, lengths.q_len), device=device)[:, None]
+            seen = mask_mod(i.new_zeros(()), i.new_full((), head), i, j).expand(len(i), lengths.kv_len)
+            seen = F.pad(seen, (0, -lengths.kv_len % FLEX_BLOCK, 0, -len(i) % FLEX_BLOCK))
+            seen = seen.unflatten(1, (kv_blocks, FLEX_BLOCK)).unflatten(0, (-1, FLEX_BLOCK))
+            visited[head, first : first + step] = seen.any(3).any(1)
+            full[head, first : first + step] = seen.all(3).all(1)
+    partly, full = ((x.sum(-1, dtype=torch.int32)[None], _in_order(x)[None]) for x in (visited & ~full, full))
+    return BlockMask.from_kv_blocks(*partly, *full, BLOCK_SIZE=FLEX_BLOCK, mask_mod=mask_mod, seq_lengths=tuple(lengths))
+
+
+def _in_order(blocks: torch.Tensor) -> torch.Tensor:
+    """Of each row the columns that are set, ascending, then the others."""
+    return blocks.int().argsort(dim=-1, descending=True, stable=True).int().contiguous()
 
 
 def torch_sparse(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern) -> Call:
     """`torch.sparse`: sampled product, softmax over the listed pairs, product. Head by head, float32, batch 1, no groups."""
     if q.shape[0] != 1 or q.shape[1] != k.shape[1]:
         raise ValueError(f"q has shape {tuple(q.shape)} and k {tuple(k.shape)}; expected batch 1 and equal heads")
-    masks = pattern.mask(q.shape[2], k.shape[2], q.shape[1])
-    zeros = [mask.to(q.dtype).to_sparse_csr() for mask in masks]
+    zeros = _zeros(q, k, pattern)
     scale = q.shape[3] ** -0.5
 
     def one(head: int) -> torch.Tensor:
@@ -106,6 +160,18 @@ def torch_sparse(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pat
         return torch.sparse.mm(weights, v[0, head])
 
     return lambda: torch.stack([one(head) for head in range(q.shape[1])])[None]
+
+
+def _zeros(q: torch.Tensor, k: torch.Tensor, pattern: Pattern) -> list[torch.Tensor]:
+    """The allowed pairs of each head as a CSR tensor of zeros; heads that are alike share one."""
+    listed = rows(pattern, q.shape[2], k.shape[2], q.shape[1])
+    found = []
+    for variant in range(int(listed.head_variant.max()) + 1):
+        start = listed.row_start[variant * q.shape[2] : (variant + 1) * q.shape[2] + 1]
+        columns = listed.columns[start[0] : start[-1]].long()
+        values = torch.zeros(len(columns), dtype=q.dtype)
+        found.append(torch.sparse_csr_tensor(start - start[0], columns, values, (q.shape[2], k.shape[2]), check_invariants=False).to(q.device))
+    return [found[variant] for variant in listed.head_variant.tolist()]
 
 
 def _further_backends(q: torch.Tensor, k: torch.Tensor) -> list[SDPBackend]:

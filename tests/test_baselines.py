@@ -1,11 +1,15 @@
 """The dense rivals: which there are, that they agree, and that one which cannot run is left out with its reason."""
 
+import sys
+import types
+
 import pytest
 import torch
 
-from sparse_attention import baselines
+from sparse_attention import attention, baselines
 from sparse_attention.breakeven import Workload
 from sparse_attention.breakeven.worker import _baselines
+from sparse_attention.patterns import BlockSparse, Causal, Dilated, Lengths, LogSparse, Longformer, SlidingWindow
 from tests.breakeven_toys import ToldClock, take
 
 
@@ -76,3 +80,56 @@ def test_a_first_call_that_compiles_is_not_the_time_of_a_baseline(monkeypatch):
     monkeypatch.setattr("sparse_attention.breakeven.worker.time", type("T", (), {"perf_counter": lambda: ToldClock.now}))
     found, _ = _baselines(Workload(lambda: None, {"jit": compiling}), Device())
     assert found["jit"][0] == pytest.approx(1e-3, rel=0.1)
+
+
+@pytest.mark.parametrize("pattern, lengths, heads", [
+    (SlidingWindow(100), (700, 700), 1), (Dilated(40, 4), (300, 600), 1), (Longformer(50, 3), (640, 640), 1), (Causal(), (256, 384), 1),
+    (BlockSparse(torch.rand(2, 4, 4, generator=torch.Generator().manual_seed(0)) < 0.5, 64), (256, 256), 2),
+], ids=str)  # fmt: skip
+def test_the_mask_of_flex_attention_is_its_own(pattern, lengths, heads):
+    flexible = pytest.importorskip("torch.nn.attention.flex_attention")
+    lengths = Lengths(*lengths)
+    masks = torch.stack([pattern.mask(*lengths, heads)[head] for head in range(heads)])
+
+    def mask_mod(batch, head, i, j):
+        return masks[head, i, j]
+
+    theirs = flexible.create_block_mask(mask_mod, None, heads, *lengths, device="cpu")
+    for most in (1 << 16, 1 << 28):
+        ours = baselines.flex_mask(mask_mod, heads, lengths, torch.device("cpu"), most)
+        for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices", "q_indices", "full_q_indices"):
+            a, b = getattr(ours, name), getattr(theirs, name)
+            assert a.dtype == b.dtype and torch.equal(a, b), name
+        assert ours.seq_lengths == theirs.seq_lengths
+
+
+def test_each_flex_attention_has_code_of_its_own(monkeypatch):
+    compiled = []
+
+    def compile(function, **options):
+        compiled.append(function)
+        return lambda q, k, v, block_mask: q
+
+    monkeypatch.setattr(torch, "compile", compile)
+    for window in (3, 4):
+        baselines.flex(*tensors(), SlidingWindow(window))
+    assert len({id(function.__code__) for function in compiled}) == 2, "past a limit of each code object it would run uncompiled"
+
+
+@pytest.mark.parametrize("pattern", [SlidingWindow(9), BlockSparse(torch.eye(2).bool().expand(4, 2, 2), 16), LogSparse()], ids=str)
+def test_torch_sparse_gives_the_same(pattern):
+    q, k, v = tensors()
+    torch.testing.assert_close(baselines.torch_sparse(q, k, v, pattern)(), attention(q, k, v, pattern, impl="reference"))
+
+
+def test_flash_attn_is_called_as_it_wants_to_be(monkeypatch):
+    def told(q, k, v, causal):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return (torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2), None)
+
+    monkeypatch.setattr(baselines, "FLASH_ATTN", {"flash-attn 4": "a_flash_attn", "flash-attn 2": "not_a_module"})
+    monkeypatch.setitem(sys.modules, "a_flash_attn", types.SimpleNamespace(flash_attn_func=told))
+    q, k, v = tensors()
+    found = baselines.flash_attn(q, k, v, causal=True)
+    assert list(found) == ["flash-attn 4"]
+    torch.testing.assert_close(found["flash-attn 4"](), baselines.dense(q, k, v, causal=True)["sdpa"]())
