@@ -87,11 +87,11 @@ def layout_making(pattern: str, shape: list) -> Workload:
     def make():
         made = cuda_tile.ready(chosen, sizes, q.device)
         torch.cuda.synchronize()
-        return made
+        return made.filter.bits, made.filter.order
 
     def check(made):
         seen = cuda_blocks.mask_of(chosen, sizes.q_len, sizes.kv_len, sizes.heads, q.device)
-        bits = sum((made.filter.bits >> n & 1).sum() for n in range(64))
+        bits = sum((made[0] >> n & 1).sum() for n in range(64))
         assert bits == seen.sum(), f"{int(bits)} bits are set for {int(seen.sum())} blocks"
 
     return Workload(candidate=make, check=check)
@@ -100,23 +100,35 @@ def layout_making(pattern: str, shape: list) -> Workload:
 def filter_making(blocks: int, heads: int, block: int) -> Workload:
     """Turning a block mask that changes into a layout, on the device."""
     _require_device()
-    mask = torch.rand(heads, blocks, blocks, device="cuda", generator=torch.Generator("cuda").manual_seed(0)) < 0.1
+    mask = torch.empty(heads, blocks, blocks, dtype=torch.bool, device="cuda")
     length = blocks * block
+
+    def refresh(seed):
+        mask.copy_(torch.rand(mask.shape, device="cuda", generator=torch.Generator("cuda").manual_seed(seed)) < 0.1)
+
+    refresh(0)
     taken = cuda_blocks.split(LiveBlocks(mask, block), length, length, heads)
     native, layout = cuda_tile.base_of(taken, Sizes(1, heads, heads, length, length, 128, torch.bfloat16, "cuda"), mask.device)
 
-    def check(made):
-        items = heads * -(-length // cuda_tables.QUERIES)
-        assert torch.equal(made.order.sort().values, torch.arange(items, dtype=torch.int32, device="cuda"))
+    def make():
+        made = native.filter(layout, mask, block)
+        return made.bits, made.order
 
-    return Workload(candidate=lambda: native.filter(layout, mask, block), check=check)
+    def check(made):
+        bits, order = made
+        items = heads * -(-length // cuda_tables.QUERIES)
+        assert torch.equal(order.sort().values, torch.arange(items, dtype=torch.int32, device="cuda"))
+        found = sum((bits >> n & 1).sum() for n in range(64))
+        assert found == mask.sum(), f"{int(found)} bits are set for {int(mask.sum())} blocks"
+
+    return Workload(candidate=make, check=check, inputs=[mask], refresh=refresh)
 
 
 def named(name: str, q: torch.Tensor) -> Pattern:
     """A pattern's text, or "blocks N": a tenth of the blocks of N, drawn for each head, or "csr": a hundredth of the pairs."""
     length, heads = q.shape[2], q.shape[1]
     if name == "csr":
-        return _csr(length)
+        return _csr(length, q.device.type)
     if not name.startswith("blocks "):
         return parse(name)
     block = int(name.split()[1])
@@ -125,10 +137,10 @@ def named(name: str, q: torch.Tensor) -> Pattern:
 
 
 @functools.cache
-def _csr(length: int) -> Csr:
+def _csr(length: int, device: str) -> Csr:
     count = length // 100
-    columns = torch.rand(length, length, generator=torch.Generator().manual_seed(0)).topk(count).indices
-    return Csr(torch.arange(length + 1) * count, columns.flatten().int())
+    columns = torch.rand(length, length, device=device, generator=torch.Generator(device).manual_seed(0)).topk(count).indices
+    return Csr(torch.arange(length + 1) * count, columns.flatten().int().cpu())
 
 
 @functools.cache

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from perf import workloads
-from sparse_attention.breakeven import Unavailable, Workload, device, worker
+from sparse_attention.breakeven import Unavailable, Workload, device, nvml, worker
 from tests import breakeven_toys as toys
 
 SHAPE = {"batch": 1, "heads": 2, "kv_heads": 1, "q_len": 8, "kv_len": 8, "head_dim": 16, "dtype": "float32"}
@@ -52,3 +52,21 @@ def test_a_cuda_clock_refuses_work_that_is_not_on_the_gpu(monkeypatch):
     job = {"device": "cuda", "seed": 0, "cases": [toys.case("quick").as_dict()]}
     found = worker.scout(job, lambda **message: None)
     assert found["quick"]["status"] == "unavailable" and "on the GPU" in found["quick"]["reason"]
+
+
+def test_the_driver_says_its_version_or_nothing():
+    class Library:
+        code = 0
+
+        def nvmlInit_v2(self):
+            return 0
+
+        def nvmlSystemGetDriverVersion(self, text, length):
+            text.value = b"580.159.04"
+            return self.code
+
+    library = Library()
+    assert nvml.driver(library) == "580.159.04"
+    library.code = 3
+    assert nvml.driver(library) is None
+    assert nvml.driver(object()) is None

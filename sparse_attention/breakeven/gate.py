@@ -37,8 +37,9 @@ class Gate:
         self._config = config
         option = config.option
         policy = Sequential() if option.breakeven_policy == "sequential" else TwoStage()
-        threads = option.breakeven_threads or machine.default_threads(option.breakeven_device)
-        self._settings = Settings(option.breakeven_budget, threads, policy, option.breakeven_device)
+        device = option.breakeven_device = option.breakeven_device or "cpu"
+        threads = option.breakeven_threads or machine.default_threads(device)
+        self._settings = Settings(option.breakeven_budget or Settings.budget_s, threads, policy, device)
         target = option.breakeven_worker
         given = comparable(options)
         self._worker = BlockWriter(target, threads, self._settings.device, given) if target else None

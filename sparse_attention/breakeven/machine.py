@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .case import Unavailable
+from .nvml import driver
 
 try:
     import resource
@@ -36,6 +37,9 @@ _MICROARCHITECTURES = [
     ("GenuineIntel", 6, 0xAD, 0xAE, "graniterapids"),
 ]
 
+
+_PACKAGES = ("sparse-attention", "torch", "numpy", "pytest-benchmark")
+_GPU_PACKAGES = ("triton", "flash-attn")
 
 # Untracked, a kernel may be in these; what runs leave behind is not code.
 _CODE = (".py", ".pyx", ".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp", ".rs", ".jl", ".so")
@@ -74,6 +78,22 @@ def machine_class(device: str = "cpu") -> str:
     return f"cpu/{architecture()}/{cores()}c"
 
 
+def _gpu() -> dict[str, Any]:
+    """torch's current device, its driver and the libraries that torch brings for it."""
+    import torch
+
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    cudnn = torch.backends.cudnn.version()
+    return {
+        "name": properties.name,
+        "memory_bytes": properties.total_memory,
+        "multiprocessors": properties.multi_processor_count,
+        "driver": driver(),
+        "cuda": torch.version.cuda,
+        "cudnn": cudnn and f"{cudnn // 10000}.{cudnn // 100 % 100}.{cudnn % 100}",
+    }
+
+
 def architecture() -> str:
     """The processor's microarchitecture, such as "zen4"."""
     return _microarchitecture(_cpuinfo())
@@ -94,12 +114,13 @@ def describe(device: str = "cpu") -> dict[str, Any]:
     commit, committed, changes = _commit(os.getcwd())
     return {
         "class": machine_class(device),
+        "gpu": _gpu() if device.startswith("cuda") else None,
         "cpu": info.get("model name", platform.processor() or platform.machine()),
         "cores": cores(),
         "memory_bytes": _memory_bytes(),
         "system": platform.platform(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in ("sparse-attention", "torch", "numpy", "pytest-benchmark")},
+        "versions": {name: _version(name) for name in _PACKAGES + _GPU_PACKAGES * device.startswith("cuda")},
         "commit": commit,
         "committed": committed,
         "dirty": changes is not None,

@@ -103,6 +103,18 @@ class Nvml:
             raise Absent(f"NVML's {function} returned {code}")
 
 
+def driver(library: Any = None) -> str | None:
+    """The version of NVIDIA's driver; None where that cannot be told."""
+    text = ctypes.create_string_buffer(96)
+    try:
+        library = library or _load()
+        if library.nvmlInit_v2() or library.nvmlSystemGetDriverVersion(text, ctypes.c_uint(len(text))):
+            return None
+    except (Absent, AttributeError):
+        return None
+    return text.value.decode()
+
+
 def _load() -> ctypes.CDLL:
     for name in ("libnvidia-ml.so.1", "nvml.dll"):
         try:

@@ -24,9 +24,9 @@ _GIVEN: pytest.StashKey[dict[str, Any]] = pytest.StashKey()
 
 def pytest_addoption(parser):
     group = parser.getgroup("breakeven", "performance against a baseline")
-    group.addoption("--breakeven-budget", type=seconds, default=Settings.budget_s, metavar="TIME", help="such as 60s or 5m")
+    group.addoption("--breakeven-budget", type=seconds, metavar="TIME", help=f"such as 60s or 5m; {Settings.budget_s:.0f}s unless given")
     group.addoption("--breakeven-threads", type=positive, metavar="N", help="1 unless given; all cores beside a GPU")
-    group.addoption("--breakeven-device", default="cpu", help="cpu, cuda, cuda-graph or the module:Class of a clock")
+    group.addoption("--breakeven-device", help="cpu, unless given or chosen by a conftest; cuda, cuda-graph or the module:Class of a clock")
     group.addoption("--breakeven-policy", choices=("two-stage", "sequential"), default="two-stage")
     group.addoption("--breakeven-json", metavar="FILE", help="store the run, with the times of every block")
     group.addoption("--breakeven-memory", action="store_true", help="show each side's peak memory")

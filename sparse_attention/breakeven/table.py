@@ -42,7 +42,8 @@ def headline(run: Run, results: Sequence[Result]) -> str:
     machine = run.machine
     torch, threads = machine["versions"].get("torch"), run.settings["threads"]
     commit = (machine["commit"] or "no commit")[:10] + ("+changes" if machine["dirty"] else "")
-    parts = [machine["class"], machine["cpu"], f"{threads} thread{'s' * (threads != 1)}"]
+    gpu = machine.get("gpu") or {}
+    parts = [machine["class"], *([gpu["name"]] if gpu else []), machine["cpu"], f"{threads} thread{'s' * (threads != 1)}"]
     parts += [f"torch {torch}"] if torch else []
     share = clean_share(run)
     sds = [r.interval.sd for r in results if r.interval and math.isfinite(r.interval.sd)]
