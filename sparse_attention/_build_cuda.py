@@ -1,6 +1,7 @@
 """Compiles csrc/cuda with nvcc at first use, for the device present. The kernels hold no torch; only the bindings do.
 
 `CUDA_HOME` names the toolkit (default: what `nvcc` on the PATH belongs to, or /usr/local/cuda).
+`SPARSE_ATTENTION_NVCC_FLAGS` are further flags for the kernels, such as `-lineinfo` for profilers and tests/sanitize.py.
 `SPARSE_ATTENTION_CUDA` is `sm90` or `sm80`, for a tile engine that uses less than the device has; it is read when a call is first
 planned.
 """
@@ -87,7 +88,7 @@ def sources(capability: tuple[int, int]) -> list[Path]:
 def compile_command(capability: tuple[int, int]) -> list[str]:
     """nvcc and its flags, without files."""
     number = f"{capability[0]}{capability[1]}{'a' * ('sm90' in tiers(capability))}"
-    return [nvcc(), *FLAGS, "-gencode", f"arch=compute_{number},code=sm_{number}"]
+    return [nvcc(), *FLAGS, *shlex.split(os.environ.get("SPARSE_ATTENTION_NVCC_FLAGS", "")), "-gencode", f"arch=compute_{number},code=sm_{number}"]
 
 
 def key(capability: tuple[int, int]) -> str:

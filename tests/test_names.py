@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
+pytest.importorskip("pyflakes", reason="pyflakes is not installed")
+
 from pyflakes.api import checkPath
 from pyflakes.messages import UndefinedName
 from pyflakes.reporter import Reporter
