@@ -22,6 +22,7 @@ class FakeCuda:
     def __init__(self, capturable=True):
         self.now, self.aside, self.capturing, self.capturable = 0.0, 0.0, None, capturable
         self.log, self.captures, self.flushed = [], 0, False
+        self.late = 0  # of the next calls
 
     def work(self, name, seconds, cold=0.0):
         def run():
@@ -45,6 +46,9 @@ class FakeCuda:
     def current_device(self):
         return 0
 
+    def is_current_stream_capturing(self):
+        return self.capturing is not None
+
     def synchronize(self):
         pass
 
@@ -64,6 +68,10 @@ class FakeCuda:
 
             def synchronize(self):
                 pass
+
+            def query(self):
+                cuda.late -= 1
+                return cuda.late >= 0
 
             def elapsed_time(self, stop):
                 return 1e3 * (stop.at - self.at)
@@ -148,6 +156,23 @@ def test_the_device_is_kept_busy_until_a_slow_host_has_queued_the_call(monkeypat
     del cuda.log[:]
     timer.time(call, 2)
     assert cuda.log == (4 * ["flush"] + ["long"]) * 2, "160 us of flushes for 100 us of launching, and half as much again"
+
+
+def test_a_call_that_the_device_waited_for_is_timed_again_behind_more_flushes():
+    cuda = FakeCuda()
+    timer = clock(cuda)
+
+    def call():
+        cuda.work("long", 1e-3)
+
+    timer.together([call])
+    del cuda.log[:]
+    cuda.late = 2  # of the first two tries
+    timer.time(call, 1)
+    assert cuda.log == ["flush", "long"] + 2 * ["flush"] + ["long"] + 4 * ["flush"] + ["long"]
+    cuda.late = 1000
+    assert timer.time(call, 1) == pytest.approx(1e-3 + LAUNCH_S), "it ends with as many flushes as there may be"
+    assert cuda.log[-17:] == 16 * ["flush"] + ["long"]
 
 
 def test_a_device_under_a_power_cap_rests(monkeypatch):

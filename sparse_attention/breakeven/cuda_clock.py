@@ -23,7 +23,7 @@ REST, MOST_REST_S = 4.0, 0.02  # after a half under a power cap: so many times a
 
 class CudaClock(Clock):
     """The L2 cache is overwritten before each call and outside its events, as often as keeps the stream busy until the call's
-    launch is queued. Calls of less than `graph_below_s` are captured, each with its own flush and events as nodes of the
+    launch is queued; a call that the device came to before that is timed again behind more of it. Calls of less than `graph_below_s` are captured, each with its own flush and events as nodes of the
     graph, and what they take when launched one by one, after a single flush, is kept beside.
 
     A device under a power cap rests after each half, so that heavy calls do not slow down the ones that follow them.
@@ -54,11 +54,12 @@ class CudaClock(Clock):
         self._reading: Reading | None = None
         self._seen: list[Reading] = []
         self._refused: dict[str, int] = collections.Counter()
+        self._late = 0  # calls that the device waited for
 
     def time(self, call: Call, inner: int) -> float:
         if id(call) not in self._calls:
             self.together([call])
-        return statistics.fmean(self._timed(call, inner, id(call) in self._in_graphs))
+        return statistics.fmean(self._timed(call, inner, id(call) in self._in_graphs, queued=True))
 
     def settle(self) -> None:
         self._cuda.synchronize()
@@ -72,7 +73,7 @@ class CudaClock(Clock):
                 self._flushes[id(call)] = 1
                 self._figures[id(call)] = {"eager_s": statistics.median(self._timed(call, 5, False))}
                 self._flushes[id(call)] = self._flushes_for(launch_s)
-                self._queued_s[id(call)] = statistics.median(self._timed(call, 5, False))
+                self._queued_s[id(call)] = statistics.median(self._timed(call, 5, False, queued=True))
         names = {id(call) for call in calls}
         short = min(self._queued_s[name] for name in names) < self.graph_below_s
         if short and all(self._captured(call) for call in calls):
@@ -119,6 +120,7 @@ class CudaClock(Clock):
         about: dict[str, Any] = {"not captured": dict(self._refused)} if self._refused else {}
         if isinstance(self._nvml, str):
             return {"nvml": f"absent: {self._nvml}", **about}
+        about |= {"late calls": self._late} if self._late else {}
         clocks = [reading.sm_mhz for reading in self._seen]
         bits = 0
         for reading in self._seen:
@@ -126,14 +128,13 @@ class CudaClock(Clock):
         about |= {"sm_mhz": [min(clocks), max(clocks)]} if clocks else {}
         return {"nvml": "read", "reasons": bits, **about, **self._nvml.state()}
 
-    def _timed(self, call: Call, inner: int, in_graph: bool) -> list[float]:
-        """Seconds of each of `inner` calls."""
+    def _timed(self, call: Call, inner: int, in_graph: bool, queued: bool = False) -> list[float]:
+        """Seconds of each of `inner` calls; with `queued` the device did not wait for their launch."""
         if in_graph:
             graph, events = self._graph(call, inner)
             graph.replay()
         else:
-            events = self._events(inner)
-            self._enqueue(call, events, self._flushes[id(call)])
+            events = self._launched(call, inner, queued)
         self._read()  # while the device works
         self.settle()
         taken = [start.elapsed_time(stop) * 1e-3 for start, stop in events]
@@ -162,13 +163,27 @@ class CudaClock(Clock):
             self._flush_s = start.elapsed_time(stop) * 1e-3
         return min(MOST_FLUSHES, math.ceil(1.5 * launch_s / self._flush_s)) if self._flush_s > 0 else 1
 
-    def _enqueue(self, call: Call, events: Events, flushes: int) -> None:
+    def _launched(self, call: Call, inner: int, queued: bool) -> Events:
+        while True:
+            events, flushes = self._events(inner), self._flushes[id(call)]
+            late = self._enqueue(call, events, flushes)
+            if not (queued and late) or flushes == MOST_FLUSHES:
+                return events
+            self._late += late
+            self._flushes[id(call)] = min(2 * flushes, MOST_FLUSHES)
+            self.settle()
+
+    def _enqueue(self, call: Call, events: Events, flushes: int) -> int:
+        """How many calls the device came to before they were queued; 0 in a capture."""
+        late = 0
         for start, stop in events:
             for _ in range(flushes):
                 self._flush.zero_()
             start.record()
             call()
             stop.record()
+            late += not self._cuda.is_current_stream_capturing() and start.query()
+        return late
 
     def _events(self, count: int, **external: bool) -> Events:
         def event():
