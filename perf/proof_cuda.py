@@ -43,8 +43,8 @@ def case(name: str, share: str | None = None, **args) -> Case:
 
 
 INJECTED = [
-    injected("window1024/8k", "SlidingWindow(1024)", 8 * K, 100),
-    injected("window256/2k", "SlidingWindow(256)", 2 * K, 200),
+    injected("window1024/4k", "SlidingWindow(1024)", 4 * K, 150),
+    injected("window256/4k", "SlidingWindow(256)", 4 * K, 150),
     only("window256/16k", "SlidingWindow(256)", 16 * K),
     only("dilated1024x4/16k", "Dilated(1024, 4)", 16 * K),
     only("strided128/8k", "Strided(128)", 8 * K),
