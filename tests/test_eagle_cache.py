@@ -147,6 +147,7 @@ def test_a_malformed_commit_moves_nothing(impl):
         caches.copy_(before)
 
     refused(r"accept_index\[1, 2\] is 5 and lengths\[1\] is 3; expected a row of the cache, which has 8", lengths=(0, 3))
+    refused(r"lengths\[1\] is 6 and 3 rows are accepted; expected room for them: the cache has 8", lengths=(0, 6))
     refused(r"lengths\[1\] is -1; expected a row", lengths=(0, -1))
     refused(r"lengths\[1\] is 4611686018427387904", lengths=(0, 2**62))
     refused(r"accept_length\[1\] is 3; expected -1 to 2", length=(2, 3))

@@ -160,7 +160,7 @@ def test_on_cuda_a_step_waits_once(trained):
                 tokens, _, last = model.eagenerate(prompts[0], temperature, max_new_tokens=new, max_length=256, log=True)
             found.append((last + 1, counter["syncs"]))
         (few, waits_of_few), (many, waits_of_many) = found
-        assert many >= few + 2 and waits_of_many - waits_of_few == many - few
+        assert many >= few + 2 and waits_of_many - waits_of_few == many - few, found
         if not temperature:
             assert torch.equal(tokens.cpu(), trained[0].eagenerate(trained[1][0], max_new_tokens=24, max_length=256))
     assert {name.removesuffix("/reference") for name in eagle_hits(model)} == OPERATIONS | {"verify_sampling"}

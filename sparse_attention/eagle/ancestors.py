@@ -16,7 +16,7 @@ def doubling(parents: Tensor) -> Tensor:
     batch, nodes = parents.shape
     # A row of zeros, at index N, stands for "above a root".
     sees = torch.eye(nodes + 1, dtype=torch.bool, device=parents.device)
-    sees[nodes, nodes] = False
+    sees[nodes].zero_()
     sees = sees.expand(batch, -1, -1)
     above = torch.full((batch, nodes + 1), nodes, dtype=torch.int64, device=parents.device)
     above[:, :nodes] = torch.where(parents < 0, nodes, parents)

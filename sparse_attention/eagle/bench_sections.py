@@ -101,4 +101,4 @@ def counted_syncs(model: nn.Module):
             yield counter
         finally:
             torch.cuda.set_sync_debug_mode(before)
-            counter["syncs"] = sum("synchroniz" in str(w.message) for w in caught)
+            counter["syncs"] = sum("called a synchronizing" in str(w.message) for w in caught)

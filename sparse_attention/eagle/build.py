@@ -194,7 +194,7 @@ def _resolve(tree: DraftTree, selected: Tensor, tokens: Tensor, parents: Tensor,
     earlier = slot < torch.arange(total, device=selected.device)
     found = (above > 0) & earlier & (selected.gather(1, slot) == above - 1)
     node = torch.where(above == 0, 0, torch.where(found, slot + 1, -1))
-    tree.parents[:, 0] = -1
+    tree.parents[:, 0].fill_(-1)
     tree.parents[:, 1:] = torch.where(selected == place, node, -1)
 
 

@@ -123,6 +123,11 @@ def _refuse(
     found = first(counts_bad)
     if found is not None:
         raise ValueError(f"{at('accept_length', found)} is {int(accept_length[found])}; expected -1 to {accept_index.shape[1] - 1}")
+    ends = lengths + accept_length + 1
+    found = first((accept_length >= 0) & (lengths >= 0) & (ends > rows))
+    if found is not None:
+        count = int(accept_length[found]) + 1
+        raise ValueError(f"{at('lengths', found)} is {int(lengths[found])} and {count} rows are accepted; expected room for them: the cache has {rows}")
     found = first(index_bad)
     if found is not None:
         nodes = "" if hidden is None else f", a node below {hidden.shape[1]}"
