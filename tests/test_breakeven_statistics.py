@@ -203,6 +203,17 @@ def test_gate_finds_a_slowdown_of_a_fifth(rates):
     assert all(r.fails >= 80 for r in rates if r.slowdown == 0.2)
 
 
+def test_a_case_is_not_sure_to_pass_on_three_blocks_when_it_is_slower(rates):
+    assert all(r.stops == r.passes == 0 for r in rates if r.slowdown == 0.2)
+    assert 0 < sum(r.stops for r in rates if r.slowdown == 0) <= 30  # 600 gates, at the floor itself
+
+
+def test_selftest_tells_a_stop_that_is_too_early(monkeypatch):
+    monkeypatch.setattr(selftest, "surely_passes", lambda logs, floor: sum(logs) / len(logs) > math.log(floor) - 0.05)
+    said = selftest.verdicts(selftest.operating_characteristics(slowdowns=(0.05,), runs=30))
+    assert any("is sure to pass" in line for line in said)
+
+
 def test_selftest_tells_an_unsound_gate():
     class Trigger(TwoStage):
         def judge(self, logs, floor):

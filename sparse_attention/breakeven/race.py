@@ -18,13 +18,11 @@ from .process import WorkerDied, run_worker
 from .progress import Progress, duration
 from .result import block_logs, judge_record
 from .sampling import LEAST_PAIRS, GroupPlan, plan, planned_seconds
-from .statistics import interval
 from .store import Block, Record, Run
-from .verdict import LEAST_BLOCKS, Policy, TwoStage, Verdict, compare
+from .verdict import Policy, TwoStage, surely_passes
 
 
 GRACE_S = 60.0  # when the time is up, a process that says nothing for so long hangs
-SURE_ALPHA = 0.01  # error probability of calling a case sure to pass, on fewer blocks than its look has
 BUILD_S = 900.0  # to build and check a case: kernels may have to be compiled, which no budget is for
 
 
@@ -238,13 +236,9 @@ class Race:
     def _without_sure(self, pending: list[Record], time_s: float) -> list[Record]:
         """Where `time_s` is too short for all: those that do not surely pass on the blocks that there are, and the cheap others."""
         more = max((self._judged(r).more for r in pending), default=0)
-        sure = {r.case.id for r in pending if self._sure(r)}
+        sure = {r.case.id for r in pending if surely_passes(block_logs(r), r.case.floor)}
         unsure, rest = ([r for r in pending if (r.case.id in sure) == known] for known in (False, True))
         return unsure + self._cheapest(rest, time_s, lambda records: more * self.planned([*unsure, *records], 0.0)[1])
-
-    def _sure(self, record: Record) -> bool:
-        logs = block_logs(record)
-        return len(logs) >= LEAST_BLOCKS and compare(interval(logs, SURE_ALPHA), record.case.floor) is Verdict.PASS
 
     def _cheapest(self, records: list[Record], time_s: float, seconds: Callable[[list[Record]], float]) -> list[Record]:
         """As many as take `time_s` together, cheap ones first; `seconds` tells what some take."""

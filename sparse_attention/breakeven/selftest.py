@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from .case import NothingToCheck
 from .progress import duration
 from .statistics import block_log_speedup, clopper_pearson
-from .verdict import Policy, TwoStage, Verdict, judge
+from .verdict import LEAST_BLOCKS, Policy, TwoStage, Verdict, judge, surely_passes
 
 PAIRS = 20
 BASE_S = 10e-3
@@ -73,12 +73,16 @@ NOISES: dict[str, tuple[Callable[[], Noise], Callable[[random.Random], float]]] 
 
 @dataclass(frozen=True)
 class Rate:
-    """How often FAIL came out, of `runs` gates whose candidate was `slowdown` slower than the floor allows."""
+    """How often FAIL and PASS came out, of `runs` gates whose candidate was `slowdown` slower than the floor allows. stops: how many
+    would have been left at the fewest blocks, as sure to pass.
+    """
 
     noise: str
     slowdown: float
     fails: int
     runs: int
+    passes: int = 0
+    stops: int = 0
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -111,13 +115,17 @@ def operating_characteristics(
             left_s = (time.perf_counter() - start) / max(len(rates), 1) * (len(asked) - len(rates))
             tell(f"{name}, {slowdown:.0%} slower" + (f", {duration(left_s)} left" if rates else ""))
             floor = math.exp(truth) * (1 + slowdown)
-            fails = sum(_gate(make, block_noise, floor, policy, rng) is Verdict.FAIL for _ in range(runs))
-            rates.append(Rate(name, slowdown, fails, runs))
+            gates = [_gate(make, block_noise, floor, policy, rng) for _ in range(runs)]
+            said = [verdict for verdict, _ in gates]
+            stops = sum(stopped for _, stopped in gates)
+            rates.append(Rate(name, slowdown, said.count(Verdict.FAIL), runs, said.count(Verdict.PASS), stops))
     return rates
 
 
-def verdicts(rates: list[Rate], most_alarms: float = 0.01, least_power: float = 0.9) -> list[str]:
-    """What is out of bounds: more alarms than `most_alarms` at the floor, or 20 % slowdowns missed; empty when sound."""
+def verdicts(rates: list[Rate], most_alarms: float = 0.01, least_power: float = 0.9, most_passes: float = 0.01) -> list[str]:
+    """What is out of bounds: more alarms than `most_alarms` at the floor, 20 % slowdowns missed, or slowdowns of 5 % and more that
+    passed, or were sure to pass, more often than `most_passes`; empty when sound.
+    """
     out = []
     for rate in rates:
         low, high = rate.bounds
@@ -126,6 +134,9 @@ def verdicts(rates: list[Rate], most_alarms: float = 0.01, least_power: float = 
             out.append(f"{rate.noise}: false alarms {share:.3f}, at most {most_alarms} wanted")
         if rate.slowdown >= 0.2 and high < least_power:
             out.append(f"{rate.noise}: {rate.slowdown:.0%} slower is found in {share:.3f} of runs, {least_power} wanted")
+        for what, count in (("passes", rate.passes), ("is sure to pass", rate.stops)):
+            if rate.slowdown >= 0.05 and clopper_pearson(count, rate.runs)[0] > most_passes:
+                out.append(f"{rate.noise}: {rate.slowdown:.0%} slower {what} in {count / rate.runs:.3f} of runs, at most {most_passes} wanted")
     return out
 
 
@@ -134,17 +145,20 @@ def report(rates: list[Rate]) -> str:
     by_noise: dict[str, list[Rate]] = {}
     for rate in rates:
         by_noise.setdefault(rate.noise, []).append(rate)
-    lines = ["FAIL rate [95 % interval]".ljust(20) + "".join(f"{f'{s:.0%} slower':>24}" for s in slowdowns)]
-    for noise, row in by_noise.items():
-        cells = []
-        for rate in sorted(row, key=lambda r: r.slowdown):
-            low, high = rate.bounds
-            cells.append(f"{rate.fails / rate.runs:.3f} [{low:.3f}, {high:.3f}]".rjust(24))
-        lines.append(noise.ljust(25) + "".join(cells))
+    lines = []
+    for what, count in (("FAIL", "fails"), ("PASS", "passes"), (f"PASS after {LEAST_BLOCKS}", "stops")):
+        lines.append(f"{what} rate [95 % interval]".ljust(34) + "".join(f"{f'{s:.0%} slower':>22}" for s in slowdowns))
+        for noise, row in by_noise.items():
+            cells = []
+            for rate in sorted(row, key=lambda r: r.slowdown):
+                low, high = clopper_pearson(getattr(rate, count), rate.runs)
+                cells.append(f"{getattr(rate, count) / rate.runs:.3f} [{low:.3f}, {high:.3f}]".rjust(22))
+            lines.append(noise.ljust(34) + "".join(cells))
     return "\n".join(lines)
 
 
-def _gate(make, block_noise, floor, policy, rng) -> Verdict:
+def _gate(make, block_noise, floor, policy, rng) -> tuple[Verdict, bool]:
+    """The verdict, and whether the first blocks were sure to pass."""
     logs: list[float] = []
     more = policy.blocks
     noise = make()
@@ -153,7 +167,7 @@ def _gate(make, block_noise, floor, policy, rng) -> Verdict:
             logs.append(_block(noise, block_noise(rng), len(logs), rng))
         judged = judge(logs, floor, policy)
         more = judged.more
-    return judged.verdict
+    return judged.verdict, surely_passes(logs[:LEAST_BLOCKS], floor)
 
 
 def _block(noise, shift, number, rng) -> float:
