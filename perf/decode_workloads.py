@@ -13,6 +13,8 @@ from sparse_attention.breakeven import Workload
 from sparse_attention.breakeven.device import current_device
 from sparse_attention.decode_reference import decode_reference, visible
 
+FIRST_SEED = 2**31 - 1  # none that changes the tensors; a CPU's generator takes 32 bits
+
 
 def tree(nodes: int, prefix: int, dtype: str, heads: int = 32, kv_heads: int = 8, head_dim: int = 128) -> Workload:
     """A random tree of `nodes` after `prefix` tokens; one node is a token's decoding. Ancestor words and masks are made beforehand."""
@@ -24,7 +26,7 @@ def tree(nodes: int, prefix: int, dtype: str, heads: int = 32, kv_heads: int = 8
     shapes = [(1, heads, nodes, head_dim)] + 2 * [(1, kv_heads, prefix + nodes, head_dim)]
     q, k, v = (torch.empty(shape, dtype=kind, device=device) for shape in shapes)
     refresh = functools.partial(_draw, (q, k, v))
-    refresh(1 << 32)
+    refresh(FIRST_SEED)
     lengths = torch.tensor([prefix + nodes], device=device)
     seen = visible(lengths, nodes, prefix + nodes, words, -1, 0)[0]
     masks = {"mask": seen, "bias": torch.zeros(seen.shape, dtype=kind, device=device).masked_fill(~seen, -torch.inf)}
@@ -49,7 +51,7 @@ def window(batch: int, window: int, length: int, dtype: str, heads: int = 32, kv
     k, v = (x[:, :, length - window :] for x in (k_all, v_all))
     q = torch.empty(batch, heads, 1, head_dim, dtype=kind, device=device)
     refresh = functools.partial(_draw, (q, k, v))
-    refresh(1 << 32)
+    refresh(FIRST_SEED)
     lengths = torch.full((batch,), length, device=device)
     some = slice(0, 2)  # requests that are checked
     ways = baselines.dense(q, k, v, causal=False)

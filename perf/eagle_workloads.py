@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from perf.decode_workloads import _device
+from perf.decode_workloads import FIRST_SEED, _device
 from sparse_attention import eagle
 from sparse_attention.breakeven import Workload
 from sparse_attention.eagle import small_model_steps as steps
@@ -34,7 +34,7 @@ class Tree(NamedTuple):
 
     @classmethod
     def drawn(cls, nodes: int, depth: int, device: str) -> Tree:
-        return cls(*candidates(1, K, device, depth, 0), torch.full((1,), 7, device=device), nodes)
+        return cls(*candidates(1, K, device, depth, FIRST_SEED % 1000), torch.full((1,), 7, device=device), nodes)
 
     def draw(self, depth: int, seed: int) -> None:
         """Other candidates, in place."""
@@ -77,7 +77,7 @@ def mask(nodes: int) -> Workload:
     def refresh(seed: int) -> None:
         parents.copy_(bushy(nodes, seed))
 
-    refresh(0)
+    refresh(FIRST_SEED)
     ways = {"rebuild": "rebuild", "incremental": "incremental", "doubling": "reference"}
     calls = {name: functools.partial(eagle.tree_mask, parents, impl=impl) for name, impl in ways.items()}
     return Workload(
@@ -109,7 +109,7 @@ class Target(NamedTuple):
     def drawn(cls, tree: eagle.DraftTree, vocab: int, dtype: torch.dtype) -> Target:
         tree = tree._replace(draft_tokens=tree.draft_tokens % vocab)
         made = cls(tree, torch.empty(*tree.draft_tokens.shape, vocab, dtype=dtype, device=tree.draft_tokens.device))
-        made.draw(0)
+        made.draw(FIRST_SEED)
         return made
 
     def draw(self, seed: int) -> None:
@@ -176,7 +176,7 @@ class Cache(NamedTuple):
             torch.empty(2 * layers, 1, 8, rows, 128, dtype=kind, device=device),
             torch.empty(1, nodes, hidden, dtype=kind, device=device),
         )
-        made.draw(0)
+        made.draw(FIRST_SEED)
         return made
 
     def draw(self, seed: int) -> None:

@@ -28,7 +28,7 @@ SMALL = {
 def test_right_on_changing_inputs(name):
     builder, args = SMALL[name]
     workload = builder(**args)
-    check_fresh(workload, 5)
+    check_fresh(workload, 0)  # the seed that a race changes them with
     for name, call in workload.baselines.items():
         if "EAGLE" not in name and name not in ("argmax", "PyTorch's"):
             workload.check(call())
