@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from sparse_attention import _build, decode_cuda
@@ -56,6 +55,11 @@ def decode(
     are errors on the CPU; on CUDA, where looking would wait for the device, such a request counts as idle and such a page as unseen.
     After Flash-Decoding (Dao et al. 2023) and SpecInfer's tree attention (Miao et al. 2023).
     """
+    if parents is None and impl == "auto" and type(q) is Tensor:
+        native = decode_cuda.modules.get(q.get_device())
+        found = native and native.decode_plain(q, k_cache, v_cache, lengths, ancestors, window, sinks, block_table, scale, return_lse)
+        if found is not None:
+            return found
     capacity = check_sizes(q, k_cache, v_cache, block_table)
     refuse_gradients(q, k_cache, v_cache)
     check_choice("impl", impl, IMPLS)
@@ -66,12 +70,12 @@ def decode(
     window = -1 if window is None else check_integer("window", window, 1)
     sinks = check_integer("sinks", sinks, 0)
     scale = q.shape[3] ** -0.5 if scale is None else check_scale(scale)
-    run = _engine(q, k_cache, v_cache, words, window, impl)
+    run = _engine(q, k_cache, v_cache, impl)
     out, lse = run(q, k_cache, v_cache, lengths, words, window, sinks, block_table, scale)
     return (out, lse) if return_lse else out
 
 
-def _engine(q: Tensor, k_cache: Tensor, v_cache: Tensor, ancestors: Tensor | None, window: int, impl: str):
+def _engine(q: Tensor, k_cache: Tensor, v_cache: Tensor, impl: str):
     """The compiled engine of q's device where it takes the call, or the reference."""
     if impl == "reference":
         return decode_reference
@@ -80,7 +84,7 @@ def _engine(q: Tensor, k_cache: Tensor, v_cache: Tensor, ancestors: Tensor | Non
     elif q.device.type == "cpu":
         return _build.kernels().decode_forward
     elif q.device.type == "cuda":
-        obstacle = decode_cuda.obstacle(q, k_cache, v_cache, ancestors, window)
+        obstacle = decode_cuda.obstacle(q, k_cache, v_cache)
         if obstacle is None:
             return decode_cuda.forward
     else:

@@ -17,6 +17,7 @@ MOST_NODES = 1024
 # Measured on Zen 4 against the tile and gather engines: from 8 times as many keys as queries, packed heads are worth more than what a tile
 # skips. Under a window, where few keys are left, a plan for every length of a growing cache is what the engine saves.
 FEWER, FEW = 8, 16
+MOST_QUERIES = 64  # on CUDA
 
 
 class Terms(NamedTuple):
@@ -61,6 +62,20 @@ def suits(pattern: Pattern, q_len: int, kv_len: int, dtype: torch.dtype) -> str 
         return None
     found = terms(pattern)
     if found is None or not (found.causal or found.sinks <= kv_len - q_len + 1) or (found.window > 0 and q_len > FEW):
+        return None
+    return f"{q_len} quer{'y' if q_len == 1 else 'ies'} at the end of {kv_len:,} keys"
+
+
+def suits_cuda(pattern: Pattern, q_len: int, kv_len: int) -> str | None:
+    """The same on a CUDA device, where few queries leave the tile engine without blocks enough to fill it: whole trees with any prefix,
+    and up to 64 queries."""
+    if isinstance(pattern, Tree):
+        fits = len(pattern.parents) == q_len <= kv_len
+        return f"a tree of {q_len} nodes at the end of {kv_len:,} keys" if fits and terms(pattern) else None
+    if q_len > MOST_QUERIES or q_len * FEWER > kv_len:
+        return None
+    found = terms(pattern)
+    if found is None or not (found.causal or found.sinks <= kv_len - q_len + 1):
         return None
     return f"{q_len} quer{'y' if q_len == 1 else 'ies'} at the end of {kv_len:,} keys"
 

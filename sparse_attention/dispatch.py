@@ -9,9 +9,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from sparse_attention import _build_cuda, cuda_blocks, cuda_rows, cuda_tables
+from sparse_attention import _build_cuda, cuda_blocks, cuda_rows, cuda_tables, decode_cuda
 from sparse_attention.cost import Cost, cost, count, scattered
-from sparse_attention.decode_pattern import suits
+from sparse_attention.decode_pattern import suits, suits_cuda
 from sparse_attention.lanes import lane_pairs
 from sparse_attention.layout import Layout, layout
 from sparse_attention.patterns.base import Lengths, Pattern, Spans, Tile
@@ -106,11 +106,21 @@ def plan(pattern: Pattern, sizes: Sizes, impl: str = "auto") -> Plan:
 
     Few queries over many keys run on the decode engine, whose plan is not kept: a cache that grows has another each step.
     """
-    if impl == "auto" and sizes.device == "cpu" and not engine_obstacle(pattern, sizes):
-        why = suits(pattern, sizes.q_len, sizes.kv_len, sizes.dtype)
-        if why:
-            return Plan(pattern, sizes, "decode", why, {})
+    why = _decoding(pattern, sizes) if impl == "auto" else None
+    if why:
+        return Plan(pattern, sizes, "decode", why, {})
     return _plan(pattern, sizes, impl, torch.get_num_threads())
+
+
+def _decoding(pattern: Pattern, sizes: Sizes) -> str | None:
+    """Why the decode engine runs a call, or None if it does not."""
+    if sizes.device == "cuda":
+        why = suits_cuda(pattern, sizes.q_len, sizes.kv_len) if sizes.dtype in decode_cuda.DTYPES and sizes.head_dim % 8 == 0 else None
+        fits = why and 8 <= sizes.head_dim <= 256 and sizes.q_len > 0
+        return why if fits and not decode_cuda.device_obstacle(torch.cuda.get_device_capability()) else None
+    if sizes.device == "cpu" and not engine_obstacle(pattern, sizes):
+        return suits(pattern, sizes.q_len, sizes.kv_len, sizes.dtype)
+    return None
 
 
 @lru_cache(maxsize=512)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparse_attention import _build_cuda, cuda_blocks, cuda_rows, cuda_tile, dense
+from sparse_attention import _build_cuda, cuda_blocks, cuda_rows, cuda_tile, decode_cuda, dense
 from sparse_attention._build import kernels
 from sparse_attention.decode_pattern import terms
 from sparse_attention.dispatch import Plan, Sizes, engine_obstacle
@@ -82,7 +82,9 @@ def _gather(plan: Plan, scale: float, device: torch.device) -> Engine:
 
 
 def _decode(plan: Plan, scale: float, device: torch.device) -> Engine:
-    """Its gradients are the tile engine's, whose layout is made when one is asked for."""
+    """Its gradients are the tile engine's, whose layout is made when one is asked for; on CUDA there are none."""
+    if device.type == "cuda":
+        return _cuda_decode(plan, scale, device)
     native, sizes, told = kernels(), plan.sizes, terms(plan.pattern)
     lengths = torch.full((sizes.batch,), sizes.kv_len, dtype=torch.int64, device=device)
     tile = cache(lambda: _tile(plan, scale, device))
@@ -94,6 +96,17 @@ def _decode(plan: Plan, scale: float, device: torch.device) -> Engine:
         return tile().backward(dout, dlse, q, k, v, out, lse, scale)
 
     return Engine(plan, scale, forward, backward)
+
+
+def _cuda_decode(plan: Plan, scale: float, device: torch.device) -> Engine:
+    told, kv_len = terms(plan.pattern), plan.sizes.kv_len
+    words = None if told.ancestors is None else told.ancestors.to(device)
+
+    def forward(q, k, v, scale):
+        k, v = (x if decode_cuda.aligned(x) else x.contiguous() for x in (k, v))
+        return decode_cuda.forward(q, k, v, kv_len, words, told.window, told.sinks, None, scale)
+
+    return Engine(plan, scale, forward, cuda_tile.backward)
 
 
 def _dense(plan: Plan, scale: float, device: torch.device) -> Engine:

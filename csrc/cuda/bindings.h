@@ -6,9 +6,7 @@ namespace sparse_attention::bindings {
 
 void bind_blocks(pybind11::module_& m);
 void bind_calls(pybind11::module_& m);
-#ifdef SPARSE_ATTENTION_SM90
 void bind_decode(pybind11::module_& m);
-#endif
 void bind_tile(pybind11::module_& m);
 void bind_eagle(pybind11::module_& m);
 void bind_gather(pybind11::module_& m);

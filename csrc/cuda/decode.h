@@ -10,10 +10,11 @@ namespace sparse_attention {
 struct Decode {
   Strided q, out;  // [batch, heads, q_len, head_dim]
   Strided k, v;    // [batch, kv_heads, capacity, head_dim], or [pages, kv_heads, page, head_dim] with a block table: batch is then a page's stride
-  float* lse;      // [batch, heads, q_len]
+  float* lse;      // [batch, heads, q_len]; or null
   float* part_out;  // [splits, batch, kv_heads, rows, head_dim] and
-  float* part_lse;  // [splits, batch, kv_heads, rows] where there is more than one split
-  const int64_t* lengths;     // [batch]: keys, the new ones included
+  float* part_lse;  // [splits, batch, kv_heads, rows] where `join` merges the splits
+  const int64_t* lengths;     // [batch]: keys, the new ones included; or null:
+  int64_t length;             // of every request
   const uint64_t* ancestors;  // [ancestor_batch, q_len, words] or null: causal among the new ones
   const int32_t* block_table;  // [batch, table_width] or null
   int32_t batch, heads, kv_heads, q_len, head_dim;
@@ -21,11 +22,20 @@ struct Decode {
   int32_t page, pages, table_width;  // without a table: capacity, batch, 0
   int32_t ancestor_batch, words;
   int32_t window, sinks;  // window: -1 for none
-  int32_t splits;
-  float scale;  // above 0
+  int32_t splits;   // of the keys
+  int32_t cluster;  // blocks that merge their splits in shared memory: splits, or 1
+  float scale;      // above 0
 };
 
-// All return a cudaError_t.
+// Warp matrix products (compute capability 8.0 and later) on blocks of 16, 64 or 128 rows, and warpgroup products (9.0) on 128. All return
+// a cudaError_t.
+enum class DecodeKernel : int32_t { kNarrow, kWide, kTall, kWarpgroups };
+
+namespace decoding {
+int run_bf16(const Decode& d, DecodeKernel kernel, void* stream);
+int run_f16(const Decode& d, DecodeKernel kernel, void* stream);
+int run_f32(const Decode& d, DecodeKernel kernel, void* stream);
+}  // namespace decoding
 namespace sm90 {
 int decode_bf16(const Decode& d, void* stream);
 int decode_f16(const Decode& d, void* stream);

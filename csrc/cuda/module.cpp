@@ -5,9 +5,7 @@ PYBIND11_MODULE(_kernels, m) {
   sparse_attention::bindings::bind_tile(m);
   sparse_attention::bindings::bind_blocks(m);
   sparse_attention::bindings::bind_calls(m);
-#ifdef SPARSE_ATTENTION_SM90
   sparse_attention::bindings::bind_decode(m);
-#endif
   sparse_attention::bindings::bind_eagle(m);
   sparse_attention::bindings::bind_gather(m);
 }

@@ -1,4 +1,4 @@
-// The threads of one CUDA block as fibers of one host thread. Warps go ahead in random order from one meeting to the next. Libraries hide
+// The threads of one CUDA block, or of a cluster of blocks, as fibers of one host thread. Warps go ahead in random order from one meeting to the next. Libraries hide
 // their symbols: several are loaded side by side, each with another ptx.h.
 #pragma once
 #include <ucontext.h>
@@ -18,6 +18,7 @@
 #define __global__
 #define __shared__
 #define __forceinline__ inline
+#define __noinline__
 #define __align__(bytes)
 #define __launch_bounds__(...)
 #define __grid_constant__
@@ -26,6 +27,9 @@ using std::max, std::min;
 
 struct float2 {
   float x, y;
+};
+struct float4 {
+  float x, y, z, w;
 };
 struct uint4 {
   uint32_t x, y, z, w;
@@ -51,9 +55,10 @@ struct Fiber {
 
 struct Block {
   std::vector<Fiber> fibers;
-  std::vector<Meeting> warps;
+  std::vector<Meeting> warps, blocks;  // several blocks: of a cluster
   std::vector<void*> brought;  // by each thread to its warp's meeting
   Meeting all;
+  int threads = 0;  // of each of the blocks
   ucontext_t scheduler;
   std::function<void()> body;
   int meetings = 0;  // so far: progress
@@ -61,7 +66,9 @@ struct Block {
 };
 inline Block block;
 
-inline Fiber& self() { return block.fibers[threadIdx.x]; }
+inline int current;  // the fiber that runs
+
+inline Fiber& self() { return block.fibers[current]; }
 
 inline void leave_to_others() { swapcontext(&self().context, &block.scheduler); }
 
@@ -81,8 +88,8 @@ void meet(Meeting& at, int members, F act) {
 // Done by a warp at once: act(x) gets what each lane brought, x[lane].
 template <class A, class F>
 void together(A& mine, F act) {
-  const int warp = threadIdx.x / 32;
-  block.brought[threadIdx.x] = &mine;
+  const int warp = current / 32;
+  block.brought[current] = &mine;
   meet(block.warps[warp], 32, [&] { act(reinterpret_cast<A**>(&block.brought[32 * warp])); });
 }
 
@@ -92,10 +99,12 @@ inline void enter() {
   leave_to_others();
 }
 
-// Runs body() in every thread of a block. Throws if threads wait for each other forever.
-inline void run_block(int threads, std::mt19937& random, std::function<void()> body) {
+// Runs body() in every thread of a block, or of a cluster of blocks that follow blockIdx.x. Throws if threads wait for each other forever.
+inline void run_block(int threads_of_block, std::mt19937& random, std::function<void()> body, int blocks = 1) {
+  const int threads = threads_of_block * blocks, first_block = blockIdx.x;
   block.fibers = std::vector<Fiber>(threads);
-  block.warps.assign(threads / 32, {}), block.brought.resize(threads), block.all = {}, block.body = std::move(body);
+  block.warps.assign(threads / 32, {}), block.blocks.assign(blocks, {}), block.brought.resize(threads), block.all = {};
+  block.threads = threads_of_block, block.body = std::move(body);
   for (Fiber& fiber : block.fibers) {
     constexpr size_t kStack = 256 * 1024;
     fiber.stack = std::make_unique_for_overwrite<char[]>(kStack);
@@ -107,13 +116,14 @@ inline void run_block(int threads, std::mt19937& random, std::function<void()> b
     const int warp = random() % (threads / 32), before = block.meetings, left_before = left;
     for (uint32_t t = 32 * warp; t < 32u * (warp + 1); ++t) {
       if (block.fibers[t].done) continue;
-      threadIdx.x = t;
+      current = t, threadIdx.x = t % threads_of_block, blockIdx.x = first_block + t / threads_of_block;
       swapcontext(&block.scheduler, &block.fibers[t].context);
       left -= block.fibers[t].done;
     }
     idle = block.meetings == before && left == left_before ? idle + 1 : 0;
     if (idle > 1000) throw std::runtime_error("the threads of a block wait for each other");
   }
+  blockIdx.x = first_block;
 }
 
 // `used` of struct Tables for tiles of two rows of words.
@@ -129,10 +139,10 @@ inline std::vector<uint64_t> used_words(const uint64_t* bits, int64_t tiles, int
 }  // namespace host
 
 inline void __syncthreads() {
-  if (host::block.barriers) host::meet(host::block.all, host::block.fibers.size(), [] {});
+  if (host::block.barriers) host::meet(host::block.blocks[host::current / host::block.threads], host::block.threads, [] {});
 }
 
-inline void __syncwarp() { host::meet(host::block.warps[threadIdx.x / 32], 32, [] {}); }
+inline void __syncwarp() { host::meet(host::block.warps[host::current / 32], 32, [] {}); }
 
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
@@ -162,6 +172,7 @@ T atomicAdd(T* at, T value) {
   return old;
 }
 
+inline void atomicOr(uint32_t* to, uint32_t bits) { *to |= bits; }
 inline float __log2f(float x) { return std::log2(x); }
 inline float __logf(float x) { return std::log(x); }
 inline float __expf(float x) { return std::exp(x); }

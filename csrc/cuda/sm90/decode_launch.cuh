@@ -1,5 +1,6 @@
 // Host side of decoding on the sm90 tier. No torch.
 #pragma once
+#include "../decode/join_launch.cuh"
 #include "decode.cuh"
 #include "maps.cuh"
 
@@ -15,12 +16,12 @@ cudaError_t launch_decode(const Decode& d, cudaStream_t stream) {
   CacheMaps maps;
   if (!encoder() || !encode(&maps.k, d.k, cache, false, box) || !encode(&maps.v, d.v, cache, false, box)) return cudaErrorInvalidValue;
   const auto kernel = decode<S, T>;
-  const int bytes = sizeof(Decoding<S>) + 1024, rows = d.heads / d.kv_heads * d.q_len, tiles = (rows + S::kQueries - 1) / S::kQueries;
+  const int bytes = sizeof(Shared<S>) + 1024, rows = d.heads / d.kv_heads * d.q_len, tiles = (rows + S::kQueries - 1) / S::kQueries;
   const cudaError_t error = allow(kernel, bytes, allowed);
   if (error != cudaSuccess) return error;
   kernel<<<dim3(d.splits, d.kv_heads * tiles, d.batch), S::kThreads, bytes, stream>>>(maps, d, tiles);
-  if (d.splits > 1) join<T><<<dim3((rows + 3) / 4, d.kv_heads, d.batch), 128, 0, stream>>>(d);
-  return cudaGetLastError();
+  const cudaError_t launched = cudaGetLastError();
+  return launched != cudaSuccess || d.splits == 1 ? launched : decoding::launch_join<T>(d, stream);
 }
 
 template <typename T>

@@ -1,6 +1,7 @@
 // The kernels of the sm90 tier as functions of a host library, for tests/test_cuda_sm90_on_host.py, which knows the order of the arguments.
 #include "sm90/decode.cuh"
 #include "sm90/forward.cuh"
+#include "join.h"
 
 using namespace sparse_attention;
 using namespace sparse_attention::sm90;
@@ -35,23 +36,18 @@ void decode_all(const Decode& d, const CacheMaps& maps, int seed) {
     for (uint32_t y = 0; y < uint32_t(d.kv_heads * tiles); ++y)
       for (uint32_t batch = 0; batch < uint32_t(d.batch); ++batch) {
         blockIdx = {split, y, batch};
-        const Span<S> span(d, batch, split);
-        run_block<Decoding<S>>(S::kThreads, seed++, [&](Decoding<S>& shared) {
-          if (threadIdx.x == 0) init_barriers(shared, 2);
+        const int tile = tiles - 1 - y % tiles;
+        Span<S::kKeys> span(d, batch, split, S::kQueries * tile, S::kQueries);
+        uint32_t used = 0;
+        run_block<Shared<S>>(S::kThreads, seed++, [&](Shared<S>& shared) {
+          if (threadIdx.x == 0) init_barriers(shared);
           __syncthreads();
-          if (threadIdx.x >= 128) return Decoder<S, __nv_bfloat16>(span, shared, d.scale * 1.4426950408889634f, y % tiles).run();
+          span.find_used(&used, S::kQueries * tile, S::kQueries, S::kThreads);
+          if (threadIdx.x >= 128) return Decoder<S, __nv_bfloat16>(span, shared, d.scale * 1.4426950408889634f, tile).run();
           if (threadIdx.x == 0) copy_cache<S>(span, maps, shared, y / tiles, batch);
-          if (threadIdx.x / 32 == 1) make_masks<S>(span, shared, y % tiles);
         });
       }
-  if (d.splits == 1) return;
-  for (uint32_t x = 0; x < uint32_t(rows + 3) / 4; ++x)
-    for (uint32_t y = 0; y < uint32_t(d.kv_heads); ++y)
-      for (uint32_t z = 0; z < uint32_t(d.batch); ++z) {
-        blockIdx = {x, y, z};
-        std::mt19937 random(seed++);
-        host::run_block(128, random, [&] { join<__nv_bfloat16>(d); });
-      }
+  if (d.splits > 1) join_all<__nv_bfloat16>(d, seed);
 }
 
 template <class S, Merge kMerge, bool kBury>
@@ -91,16 +87,7 @@ int guarded(F run) {
 }  // namespace
 
 extern "C" __attribute__((visibility("default"))) int decode(void** pointers, const int64_t* strides, const int32_t* sizes, float scale, int seed) {
-  Decode d{};
-  Strided* tensors[4] = {&d.q, &d.out, &d.k, &d.v};
-  for (int i = 0; i < 4; ++i) *tensors[i] = {pointers[i], strides[3 * i], strides[3 * i + 1], strides[3 * i + 2]};
-  d.lse = static_cast<float*>(pointers[4]), d.part_out = static_cast<float*>(pointers[5]), d.part_lse = static_cast<float*>(pointers[6]);
-  d.lengths = static_cast<const int64_t*>(pointers[7]), d.ancestors = static_cast<const uint64_t*>(pointers[8]);
-  d.block_table = static_cast<const int32_t*>(pointers[9]);
-  int32_t* fields[] = {&d.batch, &d.heads, &d.kv_heads, &d.q_len, &d.head_dim, &d.capacity, &d.page, &d.pages, &d.table_width,
-                       &d.ancestor_batch, &d.words, &d.window, &d.sinks, &d.splits};
-  for (int i = 0; i < 14; ++i) *fields[i] = sizes[i];
-  d.scale = scale;
+  const Decode d = decode_of(pointers, strides, sizes, scale);
   return guarded([&] {
     const auto all = [&]<class S>(S) {
       const int box = std::min(S::kKeys, d.block_table ? d.page : S::kKeys);

@@ -24,8 +24,6 @@ inline uint32_t __ballot_sync(unsigned, bool value) {
   return mine.all;
 }
 
-inline int __shfl_sync(unsigned, int value, int) { return value; }  // by one lane for itself
-
 namespace sparse_attention::sm90 {
 
 inline uint8_t* shared_memory;

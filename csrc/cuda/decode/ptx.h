@@ -1,0 +1,56 @@
+// Beside sm80's instructions: products of float32 in parts of TF32, and clusters, where a device has them.
+#pragma once
+#include "../sm80/ptx.h"
+
+namespace sparse_attention::decoding {
+
+// ---- c[16, 8] += a[16, 8] b[8, 8], TF32
+
+__device__ __forceinline__ void multiply_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ uint32_t to_tf32(float x) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+  return bits;
+}
+
+__device__ __forceinline__ float as_float(uint32_t bits) { return __uint_as_float(bits); }
+
+// ---- clusters and dependent launches
+
+__device__ __forceinline__ void cluster_sync() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+// The same variable of another block of the cluster.
+template <class T>
+__device__ __forceinline__ const T* of_block(const T* mine, int rank) {
+#if __CUDA_ARCH__ >= 900
+  uint64_t theirs;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(theirs) : "l"(mine), "r"(rank));
+  return reinterpret_cast<const T*>(theirs);
+#else
+  return mine;
+#endif
+}
+
+// The next launch may be made ready from here on; it waits for this one's results itself.
+__device__ __forceinline__ void allow_next() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+}  // namespace sparse_attention::decoding

@@ -1,0 +1,141 @@
+// Which keys the queries of one request see: the prefix, a tree's ancestors or the new keys up to a query's own, a window, sinks, pages.
+#pragma once
+#include "../decode.h"
+
+namespace sparse_attention {
+
+__device__ __forceinline__ uint64_t low_bits(int count) { return count >= 64 ? ~uint64_t{0} : count <= 0 ? 0 : (uint64_t{1} << count) - 1; }
+
+// Which tiles of kKeys keys one block visits, and which keys of them somebody sees.
+template <int kKeys>
+struct Span {
+  const Decode& d;
+  const uint64_t* ancestors;  // of this request, as is
+  const int32_t* table;       // its pages, or null
+  int page_shift;
+  int length, prefix;         // keys, and those before the new ones
+  int low;                    // the first key that a window leaves, sinks aside
+  int sink_tiles, window_tile;
+  int first, last;  // of this block's share, in tiles visited
+  uint32_t used = ~0u;  // which words of 64 new keys some row of the block sees, where that was found out
+
+  // rows: of the block, from first_row on; what lies behind the last key that they may see without a tree is not visited.
+  __device__ Span(const Decode& d, int batch, int split, int first_row, int rows) : d(d) {
+    const int64_t wanted = d.lengths ? d.lengths[batch] : d.length;
+    length = static_cast<int>(wanted < 0 || wanted > d.capacity ? 0 : wanted);
+    table = d.block_table ? d.block_table + int64_t{batch} * d.table_width : nullptr;
+    page_shift = table ? __ffsll(d.page) - 1 : 0;
+    prefix = length - d.q_len;
+    low = d.window < 0 ? 0 : max(0, prefix - d.window + 1);
+    ancestors = d.ancestors ? d.ancestors + int64_t{d.ancestor_batch == 1 ? 0 : batch} * d.q_len * d.words : nullptr;
+    const int begin = first_row % d.q_len;
+    const int newest = ancestors || begin + rows >= d.q_len ? d.q_len : begin + rows;
+    const int tiles = (max(0, prefix + newest) + kKeys - 1) / kKeys;
+    window_tile = low / kKeys;
+    sink_tiles = min((d.sinks + kKeys - 1) / kKeys, window_tile);
+    const int visited = sink_tiles + max(0, tiles - window_tile);
+    first = static_cast<int>(int64_t{visited} * split / d.splits);
+    last = static_cast<int>(int64_t{visited} * (split + 1) / d.splits);
+  }
+
+  __device__ __forceinline__ int tile(int visit) const { return visit < sink_tiles ? visit : window_tile + visit - sink_tiles; }
+
+  // The next visit, from this one on, to a tile of which something may be seen.
+  __device__ __forceinline__ int next(int visit) const {
+    if (used != ~0u)
+      for (; visit < last; ++visit) {
+        const int begin = tile(visit) * kKeys - prefix, end = begin + kKeys - 1;  // among the new keys
+        if (begin < 0 || used & (low_bits(end / 64 + 1) & ~low_bits(begin / 64))) break;
+      }
+    return visit;
+  }
+
+  // Sets `used` for a block of `threads` threads, all of which call this, and `rows` rows from first_row on, where a tree is large enough for
+  // that to matter. scratch: 0 before.
+  __device__ __forceinline__ void find_used(uint32_t* scratch, int first_row, int rows, int threads) {
+    if (!ancestors || d.words <= 2) return;
+    uint32_t found = 0;
+    const int end = min(d.heads / d.kv_heads * d.q_len - first_row, rows) * d.words;
+#pragma unroll 4
+    for (int n = threadIdx.x; n < end; n += threads)
+      if (ancestors[int64_t{(first_row + n / d.words) % d.q_len} * d.words + n % d.words]) found |= 1u << n % d.words;
+    if (found) atomicOr(scratch, found);
+    __syncthreads();
+    used = *scratch;
+  }
+
+  // Whether every query sees the whole tile.
+  __device__ __forceinline__ bool full(int tile) const {
+    const int begin = tile * kKeys, end = begin + kKeys;
+    const bool behind_all = d.window < 0 || end <= d.sinks || begin > prefix + d.q_len - 1 - d.window;
+    if (end > prefix || !behind_all) return false;
+    for (int key = begin; table && key < end; key += d.page)
+      if (!there(key)) return false;
+    return true;
+  }
+
+  // Whether a key's page is one of the cache's.
+  __device__ __forceinline__ bool there(int key) const {
+    return !table || static_cast<uint32_t>(table[key >> page_shift]) < static_cast<uint32_t>(d.pages);
+  }
+
+  // The query of a row; -1 for a row past the end, a query before the first key, and a node that is none.
+  __device__ __forceinline__ int query_of(int row) const {
+    const int query = row % d.q_len;
+    return row < d.heads / d.kv_heads * d.q_len && prefix + query >= 0 && (!ancestors || node_alive(query)) ? query : -1;
+  }
+
+  __device__ __forceinline__ bool node_alive(int node) const { return ancestors[int64_t{node} * d.words + node / 64] >> (node % 64) & 1; }
+
+  // How far behind the prefix a query stands.
+  __device__ __forceinline__ int depth(int query) const {
+    if (!ancestors || d.window < 0) return query;
+    int found = -1;
+#pragma unroll 1
+    for (int w = 0; w < d.words; ++w) found += __popcll(ancestors[int64_t{query} * d.words + w]);
+    return found;
+  }
+
+  // Whether a key is in the cache and before no window.
+  __device__ __forceinline__ bool kept(int key) const { return key < length && (key >= low || key < d.sinks) && there(key); }
+
+  // Whether a key is a node's that is none.
+  __device__ __forceinline__ bool orphan(int key) const { return ancestors && key >= prefix && key < length && !node_alive(key - prefix); }
+
+  // Of the 64 keys from prefix + base on: those that a query of this depth sees.
+  __device__ __forceinline__ uint64_t seen(int query, int depth, int base) const {
+    uint64_t bits;
+    if (!ancestors) {
+      bits = low_bits(query + 1 - base);
+    } else {
+      const uint64_t* row = ancestors + int64_t{query} * d.words;
+      if (base < 0) {
+        bits = base <= -64 ? ~uint64_t{0} : low_bits(-base) | row[0] << -base;
+      } else {
+        const int word = base / 64, shift = base % 64;
+        bits = word < d.words ? row[word] >> shift : 0;
+        if (shift && word + 1 < d.words) bits |= row[word + 1] << (64 - shift);
+      }
+      bits &= low_bits(d.q_len - base);
+    }
+    if (d.window >= 0) {
+      const int gone = depth - d.window + 1;  // positions from the prefix's end on that the window has left; in a tree, depths
+      bits &= ~low_bits((ancestors ? min(gone, 0) : gone) - base) | low_bits(d.sinks - prefix - base);
+      if (ancestors && gone > 0) bits = near(bits, gone, base);
+    }
+    for (int key = 0; table && key < 64; key += min(64, d.page))
+      if (const int at = prefix + base + key; at < length && !there(max(0, at))) bits &= ~(low_bits(key + min(64, d.page)) & ~low_bits(key));
+    return bits & ~low_bits(-prefix - base);  // no key stands before the first
+  }
+
+  // Without the ancestors that stand less than `gone` deep and are no sinks.
+  __device__ __noinline__ uint64_t near(uint64_t bits, int gone, int base) const {
+    for (uint64_t left = bits & ~low_bits(-base); left; left &= left - 1) {
+      const int at = __ffsll(left) - 1, deep = depth(base + at);
+      if (deep < gone && prefix + deep >= d.sinks) bits &= ~(uint64_t{1} << at);
+    }
+    return bits;
+  }
+};
+
+}  // namespace sparse_attention

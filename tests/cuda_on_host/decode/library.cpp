@@ -1,0 +1,53 @@
+// The decoding kernels of every tier as a function of a host library, for tests/test_cuda_decode_on_host.py, which knows the arguments.
+#include "decode/kernel.cuh"
+#include "join.h"
+
+using namespace sparse_attention;
+using namespace sparse_attention::decoding;
+
+namespace {
+
+template <class S>
+void run_all(const Decode& d, int seed) {
+  constexpr size_t kBytes = sizeof(Shared<S>);
+  const std::unique_ptr<uint8_t, void (*)(void*)> memory(static_cast<uint8_t*>(std::aligned_alloc(128, kBytes * d.cluster)), std::free);
+  sm80::shared_memory = memory.get(), shared_bytes = kBytes;
+  std::mt19937 random(seed);
+  const int rows = d.heads / d.kv_heads * d.q_len, tiles = (rows + S::kRows - 1) / S::kRows;
+  for (uint32_t split = 0; split < uint32_t(d.splits); split += d.cluster)
+    for (uint32_t y = 0; y < uint32_t(d.kv_heads * tiles); ++y)
+      for (uint32_t z = 0; z < uint32_t(d.batch); ++z) {
+        blockIdx = {split, y, z};
+        std::memset(sm80::shared_memory, 0xFF, kBytes * d.cluster);
+        const auto body = [&] {
+          auto& shared = *reinterpret_cast<Shared<S>*>(sm80::shared_memory + kBytes * (blockIdx.x - split));
+          Worker<S>(d, shared, y / tiles, z, (tiles - 1 - y % tiles) * S::kRows, blockIdx.x).run();
+        };
+        host::run_block(S::kThreads, random, body, d.cluster);
+      }
+  if (d.splits > d.cluster) join_all<typename S::T>(d, seed);
+}
+
+template <typename T, int kDim>
+void run_dim(const Decode& d, int kernel, int seed) {
+  constexpr bool kSingle = sizeof(T) == 4;
+  if (kernel == 0) run_all<Shape<T, kDim, 1, kDim == 256 ? 2 : 4>>(d, seed);
+  else if (kernel == 1) run_all<Shape<T, kDim, kSingle && kDim == 256 ? 2 : 4, 1>>(d, seed);
+  else run_all<Shape<T, kDim, 8, 1, 192 * 1024>>(d, seed);
+}
+
+}  // namespace
+
+extern "C" __attribute__((visibility("default"))) int decode(void** pointers, const int64_t* strides, const int32_t* sizes, float scale, int single, int kernel,
+                                                             int seed) {
+  const Decode d = decode_of(pointers, strides, sizes, scale);
+  try {
+    if (single) d.head_dim <= 64 ? run_dim<float, 64>(d, kernel, seed) : run_dim<float, 256>(d, kernel, seed);
+    else if (d.head_dim <= 64) run_dim<__nv_bfloat16, 64>(d, kernel, seed);
+    else if (d.head_dim <= 128) run_dim<__nv_bfloat16, 128>(d, kernel, seed);
+    else kernel == 2 ? void() : run_dim<__nv_bfloat16, 256>(d, kernel, seed);
+  } catch (const std::runtime_error&) {
+    return 1;
+  }
+  return 0;
+}
