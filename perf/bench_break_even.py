@@ -1,4 +1,5 @@
-"""The table of cases for asv. `setup_cache` measures everything once for a commit; each track hands out its share.
+"""The tables of cases for asv. `setup_cache` measures a table once for a commit; each track hands out its share. The GPU's
+table is measured where `pytest perf` would measure it too.
 
 Every case is listed, measured or not: a case that asv is not told of disappears from the dashboard, history and all.
 What is measured is chosen by SPARSE_ATTENTION_PERF_CASES (shell patterns, separated by spaces), SPARSE_ATTENTION_PERF_SIZES
@@ -26,10 +27,12 @@ def load_harness() -> None:
 load_harness()
 
 from sparse_attention.breakeven import Race, Sequential, Settings, select  # noqa: E402
+from sparse_attention.breakeven.case import NothingToCheck  # noqa: E402
 from sparse_attention.breakeven.progress import Progress  # noqa: E402
 from sparse_attention.breakeven.study import POLICY, Study  # noqa: E402
 from sparse_attention.breakeven.tracked import THREADS, crossing_figure, figures, for_asv  # noqa: E402
 
+from . import cuda_cases, device  # noqa: E402
 from .cases import CASES  # noqa: E402
 from .study import FAMILIES  # noqa: E402
 
@@ -44,6 +47,17 @@ def settings(variable: str, budget_s: float, **fields) -> Settings:
     return Settings(float(os.environ.get(variable, budget_s)), int(os.environ.get(THREADS, 1)), **fields)
 
 
+def measured(cases, device: str = "cpu", **fields) -> dict[str, dict]:
+    policy = Sequential((5,))
+    given = settings("SPARSE_ATTENTION_PERF_BUDGET", 600, policy=policy, first_look_share=0.9, device=device, **fields)
+    scouted = Race(cases, replace(given, budget_s=COMPILE_S), Progress())  # compiles the kernels, which the budget is not for
+    scouted.scout()
+    race = Race(cases, given, Progress(), resume=scouted.run)
+    race.first_look()
+    race.all_cores()
+    return {name: figures(record) for name, record in race.run.records.items()}
+
+
 class BreakEven:
     params = [[case.id for case in CASES]]
     param_names = ["case"]
@@ -51,14 +65,7 @@ class BreakEven:
     timeout = 120
 
     def setup_cache(self):
-        cases, policy = chosen(CASES, os.environ.get("SPARSE_ATTENTION_PERF_CASES", "")), Sequential((5,))
-        given = settings("SPARSE_ATTENTION_PERF_BUDGET", 600, policy=policy, first_look_share=0.9)
-        scouted = Race(cases, replace(given, budget_s=COMPILE_S), Progress())  # compiles the kernels, which the budget is not for
-        scouted.scout()
-        race = Race(cases, given, Progress(), resume=scouted.run)
-        race.first_look()
-        race.all_cores()
-        return {name: figures(record) for name, record in race.run.records.items()}
+        return measured(chosen(CASES, os.environ.get("SPARSE_ATTENTION_PERF_CASES", "")))
 
     setup_cache.timeout = 7200
 
@@ -100,6 +107,21 @@ class BreakEven:
         return for_asv(cache[case].get("peak_memory"))
 
     track_peak_memory.unit = "bytes"
+
+
+class GpuBreakEven(BreakEven):
+    params = [[case.id for case in cuda_cases.CASES]]
+
+    def setup_cache(self):
+        try:
+            if device.chosen()[0] != "cuda":
+                return {}
+            cases = chosen(cuda_cases.CASES, os.environ.get("SPARSE_ATTENTION_PERF_CASES", ""))
+        except (ImportError, NothingToCheck):  # a commit without kernels for it; patterns of the other table's cases
+            return {}
+        return measured(cases, "cuda")
+
+    setup_cache.timeout = 7200
 
 
 class Crossings:

@@ -33,7 +33,7 @@ def speedup(case: Case) -> float:
 
 
 def work_of(case: Case) -> dict[str, float]:
-    width, length = int(case.args["pattern"][14:-1]), case.args["kv_len"]
+    width, length = int(case.args["pattern"][14:-1]), case.args.get("kv_len") or case.args["shape"][0]
     width = min(width, length)
     pairs = 4 * (length * width - width * (width - 1) // 2)
     return {"pairs": pairs, "dense_pairs": 4 * length * length, "flops": 4 * pairs * 64, "bytes": 4 * 4 * length * 64 * 4}

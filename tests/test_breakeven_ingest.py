@@ -14,6 +14,7 @@ pytest.importorskip("asv", reason="asv is not installed")
 from asv.results import Results, iter_results
 from asv.util import load_json
 
+from perf import cuda_cases
 from perf.cases import CASES
 from perf.study import FAMILIES
 from sparse_attention.breakeven import asv_project
@@ -125,6 +126,22 @@ def test_asv_reads_what_was_stored(ingest, made, tmp_path, commits, capsys):
     assert stats["ci_99_a"] < of_case(found, RATIO, "window256/4k") < stats["ci_99_b"] and stats["repeat"] == 5
 
 
+def test_a_run_of_the_gpu_s_table_is_told_apart_by_its_races(ingest, made, tmp_path, capsys):
+    """Some ids are in both tables, as other races."""
+    both = {case.id for case in cuda_cases.CASES} & {case.id for case in CASES}
+    assert "window256/16k/of-flex" in both
+    wanted = [case for case in cuda_cases.CASES if case.id in ("window256/16k/of-flex", "window4096/128k/of-dense")]
+    path = made(cases=wanted, **{"class": "cuda/h100"}, change=lambda run: run.settings.update(device="cuda", threads=16))
+    assert ingest(path) == 0
+    assert "cuda-h100/" in capsys.readouterr().out
+    (found,) = results(tmp_path)
+    ratio = "bench_break_even.GpuBreakEven.track_time_ratio"
+    assert set(found.get_all_result_keys()) and all(".GpuBreakEven." in key for key in found.get_all_result_keys())
+    for case in wanted:
+        assert of_case(found, ratio, case.id) == pytest.approx(1 / stored.speedup(case), rel=0.03)
+    assert found.params["machine"] == "cuda-h100" and found.env_vars == {}
+
+
 def test_parameters_are_those_of_asv_run(config, made, ingest, tmp_path):
     """A curve of asv is a set of parameters: one that differs would split the history in two."""
     from asv.config import Config
@@ -141,14 +158,15 @@ def test_parameters_are_those_of_asv_run(config, made, ingest, tmp_path):
 def test_benchmarks_are_what_asv_finds(ingest, made, tmp_path, described):
     ingest(made())
     assert load_json(str(tmp_path / "results/benchmarks.json"), 2) == described
-    cases, families = [repr(case.id) for case in CASES], [repr(family.id) for family in FAMILIES]
+    families = [repr(family.id) for family in FAMILIES]
+    cases = {".BreakEven.": [repr(case.id) for case in CASES], ".GpuBreakEven.": [repr(case.id) for case in cuda_cases.CASES]}
     assert {name.rpartition(".")[2] for name in described} == {
         "track_time_ratio", "track_all_cores_time_ratio", "track_eager_time_ratio", "track_warm_time_ratio", "track_sparse_time",
         "track_dense_time", "track_peak_memory", "track_crossing",
     }  # fmt: skip
     for name, benchmark in described.items():
         assert (benchmark["type"], benchmark["version"]) == ("track", "1")
-        expected = (["family"], [families]) if name == CROSSING else (["case"], [cases])
+        expected = (["family"], [families]) if name == CROSSING else (["case"], [next(ids for words, ids in cases.items() if words in name)])
         assert (benchmark["param_names"], benchmark["params"]) == expected
 
 

@@ -27,8 +27,11 @@ from .asv_project import Project
 from .case import Case, NothingToCheck, load_list, select
 from .crossing import Family
 from .store import Run
-from .tracked import THREADS, Figure, Tracked, for_asv, of_cases, of_study
+from .tracked import THREADS, Figure, Tracked, for_asv, known, of_cases, of_study
 from .verdict import ExitCode
+
+
+TABLES = {"BreakEven": "perf.cases:CASES", "GpuBreakEven": "perf.cuda_cases:CASES"}  # by the class of asv's benchmarks
 
 
 class Refused(ValueError):
@@ -99,18 +102,19 @@ def collect(paths: Iterable[str | os.PathLike]) -> dict[Path, bool]:
 
 
 def convert(
-    source: Source, project: Project, cases: Sequence[Case], families: Sequence[Family], commit: str | None = None
+    source: Source, project: Project, tables: Mapping[str, Sequence[Case]], families: Sequence[Family], commit: str | None = None
 ) -> Ingested:
     """The run as asv's results, not yet written; Refused with the reason where it cannot be one.
 
-    `commit` stands in where the run names none, or was measured on a changed tree.
+    Of `tables`, by the class of asv's benchmarks, the one that knows most of its cases is taken for the run's. `commit` stands in where the run names none, or was measured on a changed tree.
     """
     run = source.run
     hash = _commit(run, project, commit)
     if run.settings.get("base"):
         raise Refused(f"it raced revision {run.settings['base'][:10]}, not the baselines that asv tracks")
     if source.crossings is None:
-        prefix, (tracked, notes) = "BreakEven.track_", of_cases(run, cases)
+        kind = max(tables, key=lambda name: len(known(run, tables[name])))
+        prefix, (tracked, notes) = f"{kind}.track_", of_cases(run, tables[kind])
     else:
         prefix, (tracked, notes) = "Crossings.track_", of_study(run, source.crossings, families)
     if not tracked:
@@ -206,7 +210,7 @@ def add_command(command: Callable[..., Any]) -> None:
     ingest.add_argument("runs", nargs="+", metavar="RUN.json", help="stored runs or studies, or folders of them")
     ingest.add_argument("--config", default="asv.conf.json", metavar="FILE", help="asv's configuration")
     ingest.add_argument("--results", metavar="DIR", help="default: results_dir of the configuration")
-    ingest.add_argument("--table", default="perf.cases:CASES", help="module:name of the list of cases")
+    ingest.add_argument("--table", help=f"module:name of the list of cases; default: of {' and '.join(TABLES.values())} the run's")
     ingest.add_argument("--families", default="perf.study:FAMILIES", help="module:name of the families of studies")
     ingest.add_argument("--commit", metavar="REV", help="what was measured, for one run that names no commit or a changed one")
     ingest.add_argument("--cases", action="append", default=[], metavar="PATTERN", help="these cases, or families of a study, only")
@@ -219,13 +223,15 @@ def _ingest(options) -> int:
     paths = collect(options.runs)
     if options.commit and len(paths) != 1:
         raise ValueError(f"commit names what one run measured, got {options.commit!r} for {len(paths)} runs")
-    cases, families = (_table(name, project.root) for name in (options.table, options.families))
+    tables = {"BreakEven": options.table} if options.table else TABLES
+    tables = {kind: _table(name, project.root) for kind, name in tables.items()}
+    families = _table(options.families, project.root)
     project.benchmarks  # found once, before any run is blamed
     found: list[Ingested] = []
     passed_over = {}
     for path, named in paths.items():
         try:
-            found.append(convert(Source.read(path).only(options.cases), project, cases, families, options.commit))
+            found.append(convert(Source.read(path).only(options.cases), project, tables, families, options.commit))
         except NothingToCheck as error:
             passed_over[str(path)] = f"{path} was not ingested: {error}"
         except ValueError as error:

@@ -70,15 +70,21 @@ def crossing_figure(family: Family, found: Mapping[str, Any]) -> Figure | None:
     return None
 
 
+def known(run: Run, cases: Sequence[Case]) -> set[str]:
+    """The ids of a run's cases that are races of this table."""
+    races = {case.id: _race(case) for case in cases}
+    return {name for name, record in run.records.items() if races.get(name) == _race(record.case)}
+
+
 def of_cases(run: Run, cases: Sequence[Case]) -> tuple[Tracked, list[str]]:
     """The figures of a run by track and case; and, in words, which cases have none, since only the table's can be told to asv."""
-    known = {case.id: case for case in cases}
+    ids, raced = {case.id for case in cases}, known(run, cases)
     tracked: Tracked = {}
     left: dict[str, list[str]] = {}
     for name, record in run.records.items():
-        if name not in known:
+        if name not in ids:
             left.setdefault("not in the table", []).append(name)
-        elif _race(record.case) != _race(known[name]):
+        elif name not in raced:
             left.setdefault("another race than the table's of that name", []).append(name)
         elif found := figures(record):
             for figure, value in found.items():
