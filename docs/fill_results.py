@@ -1,6 +1,7 @@
 """Writes results into the pages from stored runs and studies: python docs/fill_results.py RUN.json STUDY.json
 
-`pytest perf --breakeven-json RUN.json` stores a run, for README.md and docs/results.md; `study --json STUDY.json` of
+`pytest perf --breakeven-json RUN.json` stores a run, for README.md and docs/results.md, or, of a GPU, for the part of docs/results.md
+that is about GPUs; `study --json STUDY.json` of
 `python -m sparse_attention.breakeven` a study, for docs/break_even.md.
 """
 
@@ -20,15 +21,21 @@ from sparse_attention.breakeven.study_table import curve
 from sparse_attention.breakeven.verdict import Policy, Sequential, TwoStage
 
 DOCS = Path(__file__).resolve().parent
+SEEDS_128K = {
+    "Dense, causal": "causal/128k/of-dense",
+    "Sliding window, 4096": "window4096/128k/of-dense",
+    "Block-sparse, BigBird(64)": "bigbird/128k/of-dense",
+    "Dilated, 1024 x 4": "dilated1024x4/128k/of-dense",
+}
 README_CASES = ("*/16k", "*/16k/backward", "*/16k/of-*", "window256/*")
 
 
-def fill(page: Path, body: str) -> None:
-    """Replace what stands between the two markers of a page."""
-    text = page.read_text()
-    marked = re.compile(rf"(<!-- results of {re.escape(page.stem)}: .*? -->\n).*?(<!-- end of results -->)", re.DOTALL)
+def fill(page: Path, body: str, name: str = "") -> None:
+    """Replace what stands between the two markers of a page; `name` is the markers', the page's own unless given."""
+    text, name = page.read_text(), name or page.stem
+    marked = re.compile(rf"(<!-- results of {re.escape(name)}: [^\n]*? -->\n).*?(<!-- end of results -->)", re.DOTALL)
     if len(marked.findall(text)) != 1:
-        raise ValueError(f"{page} has no place for results between '<!-- results of {page.stem}: ... -->' and its end")
+        raise ValueError(f"{page} has no place for results between '<!-- results of {name}: ... -->' and its end")
     page.write_text(marked.sub(lambda found: f"{found[1]}{body}\n{found[2]}", text))
 
 
@@ -38,8 +45,10 @@ def machine_table(run: Run) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
     commit = (machine["commit"] or "none") + (", with uncommitted changes" if machine["dirty"] else "")
     share = table.clean_share(run)
+    gpu = machine.get("gpu") or {}
     facts = {
         "machine class": machine["class"],
+        **({"device": _gpu(gpu), "driver": f"{gpu['driver']}, CUDA {gpu['cuda']}, cuDNN {gpu['cudnn']}"} if gpu else {}),
         "processor": f"{machine['cpu']}, {machine['cores']} cores",
         "memory": f"{(machine['memory_bytes'] or 0) / 2**30:.0f} GiB",
         "system": f"{machine['system']}, Python {machine['python']}",
@@ -51,6 +60,54 @@ def machine_table(run: Run) -> str:
         "undisturbed pairs": "none" if share is None else f"{100 * share:.0f} %",
     }
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items())])
+
+
+def _gpu(gpu: dict) -> str:
+    return f"{gpu['name']}, {gpu['memory_bytes'] / 2**30:.0f} GiB, {gpu['multiprocessors']} multiprocessors"
+
+
+def seeds_table(run: Run, found: list[Result]) -> str:
+    """The table that the project began with: what of all pairs a pattern leaves out at 128K, and what that gains over dense attention."""
+    by_id = {r.id: r for r in found}
+    rows = []
+    for name, case in SEEDS_128K.items():
+        r = by_id.get(case)
+        if r is None or r.interval is None:
+            rows.append(f"| {name} | 128K | - | - | - | {r.verdict.value if r else 'not measured'} |")
+            continue
+        work, speedup = run.records[case].scout["work"], f"{r.interval.speedup:.3g}x [{r.interval.low:.3g}, {r.interval.high:.3g}]"
+        share = 1 - work["pairs"] / work["dense_pairs"]
+        rows.append(f"| {name} | 128K | {100 * share:.4g} % | {table.seconds(r.baseline_s)} | {table.seconds(r.candidate_s)} | {speedup} |")
+    header = ["| Pattern | Context length | Sparsity | PyTorch | Custom CUDA | Speedup |", "|---|--:|--:|--:|--:|--:|"]
+    return "\n".join(header + rows)
+
+
+def rivals_table(run: Run) -> str:
+    """What the scout saw of every way to compute the same, one cold call or a few: how the baselines were chosen."""
+    groups = {}
+    for record in run.records.values():
+        times = record.scout.get("baselines") or {}
+        absent = record.scout.get("baselines_absent") or {}
+        if len(times) + len(absent) > 1:
+            groups.setdefault(record.case.share or record.case.id, (record.case.id, times, absent))
+    names = list(dict.fromkeys(name for _, times, absent in groups.values() for name in (*times, *absent)))
+    lines = [["case", *names], ["--"] + ["--:"] * len(names)]
+    for case, times, absent in groups.values():
+        cells = [table.seconds(times[name]) if name in times else "does not run" if name in absent else "" for name in names]
+        lines.append([case, *cells])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) if groups else ""
+
+
+def gpu_page(run: Run) -> str:
+    """What stands between the markers of the part about GPUs."""
+    found = results(run, policy_of(run))
+    parts = [machine_table(run), "Dense attention at 128K, and what a pattern gains over it:", seeds_table(run, found)]
+    parts += [table.markdown(found), f"{table.tally(found)}.", reasons(found)]
+    if rivals := rivals_table(run):
+        parts += ["The rivals of which the fastest was raced, as the scout saw them:", rivals]
+    if memory := memory_table(found):
+        parts += ["Peak memory of one call, its output included, above what was in use before:", memory]
+    return "\n" + "\n\n".join(filter(None, parts)) + "\n"
 
 
 def memory_table(found: list[Result]) -> str:
@@ -117,6 +174,8 @@ if __name__ == "__main__":
     for stored in sys.argv[1:]:
         if "crossings" in json.loads(Path(stored).read_text()):
             fill(DOCS / "break_even.md", study_page(stored))
+        elif (run := Run.load(stored)).machine["class"].startswith("cuda/"):
+            fill(DOCS / "results.md", gpu_page(run), "results on a GPU")
         else:
             for page, body in pages(Run.load(stored)).items():
                 fill(page, body)

@@ -273,3 +273,43 @@ def test_results_are_written_from_a_stored_run(tmp_path):
     for name, text in (("README.md", short), ("docs/results.md", long)):
         outside = re.compile(r"(<!-- results of .*?-->).*(<!-- end of results -->)", re.DOTALL)
         assert outside.sub(r"\1\2", text) == outside.sub(r"\1\2", (ROOT / name).read_text())
+
+
+def gpu_run():
+    from perf.cuda_cases import CASES
+    from sparse_attention.breakeven.race import Settings
+    from sparse_attention.breakeven.store import Block, Record, Run
+
+    def record(name, dense_s, sparse_s, pairs, rivals):
+        (case,) = [case for case in CASES if case.id == name]
+        scout = {"status": "ok", "candidate_s": sparse_s, "baselines": rivals, "work": {"pairs": pairs, "dense_pairs": 1000}}
+        scout["baselines_absent"] = {"sdpa efficient_attention": "RuntimeError: no"}
+        fastest = min(rivals, key=rivals.get)
+        return Record(case, scout, [Block(n, fastest, [dense_s] * 9, [sparse_s] * 9, [True] * 9) for n in range(5)])
+
+    sdpa = {"sdpa": 0.12, "sdpa cudnn_attention": 0.118}
+    records = [
+        record("window4096/128k/of-dense", 0.118, 0.00667, 31, sdpa), record("dilated1024x4/128k/of-dense", 0.118, 0.00211, 8, sdpa),
+        record("window1024/128k/of-flex", 0.00375, 0.00209, 8, {"flex": 0.00375}),
+    ]  # fmt: skip
+    gpu = {"name": "NVIDIA H100", "memory_bytes": 80 << 30, "multiprocessors": 132, "driver": "580.1", "cuda": "13.0", "cudnn": "9.19.0"}
+    machine = {**stored_run().machine, "class": "cuda/h100", "gpu": gpu}
+    return Run(machine, Settings(threads=16, device="cuda").as_dict(), {r.case.id: r for r in records})
+
+
+def test_results_of_a_gpu_have_a_part_of_their_own(tmp_path):
+    (tmp_path / "docs").mkdir()
+    for name in ("docs/results.md", "docs/fill_results.py"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    filling = load(tmp_path / "docs/fill_results.py")
+    page, before = tmp_path / "docs/results.md", (ROOT / "docs/results.md").read_text()
+    for _ in range(2):
+        filling.fill(page, filling.gpu_page(gpu_run()), "results on a GPU")
+    head, mark, part = page.read_text().partition("<!-- results of results on a GPU:")
+    assert mark and head == before.partition(mark)[0], "the CPU's part stays"
+    assert "| device | NVIDIA H100, 80 GiB, 132 multiprocessors |" in part and "| driver | 580.1, CUDA 13.0, cuDNN 9.19.0 |" in part
+    assert "| Sliding window, 4096 | 128K | 96.9 % | 118 ms | 6.67 ms | 17.7x [17.7, 17.7] |" in part
+    assert "| Dilated, 1024 x 4 | 128K | 99.2 % | 118 ms | 2.11 ms | 55.9x [55.9, 55.9] |" in part
+    assert "| Block-sparse, BigBird(64) | 128K | - | - | - | not measured |" in part
+    assert "| window4096/128k/of-dense | 120 ms | 118 ms | does not run |" in part, "each backend of the group, once"
+    assert re.search(r"^\| window1024/128k/of-flex \| 3.75 ms \| 2.09 ms \| 1.79x .* PASS \|", part, re.MULTILINE)
