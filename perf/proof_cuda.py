@@ -21,7 +21,7 @@ from sparse_attention.breakeven.controls import Control
 from sparse_attention.breakeven.proof import Injected
 from sparse_attention.patterns import parse
 
-SLOWDOWNS = (0.0, 0.01, 0.02, 0.03, 0.05, 0.1, 0.5)
+TWICE = (0, 2, 3, 4, 8, 15, 75)  # heads
 HEAD_DIM = 128
 
 
@@ -29,7 +29,7 @@ def injected(name: str, pattern: str, length: int, heads: int) -> Injected:
     """A forward case, and the same with shares of its heads computed twice."""
     args = {"pattern": pattern, "length": length, "heads": heads}
     plain = case(name, share=f"proof {name}", **args)
-    slowed = {x: case(f"{name} +{100 * x:g}%", share=plain.share, extra=round(x * heads), **args) for x in SLOWDOWNS}
+    slowed = {extra / heads: case(f"{name} +{extra}", share=plain.share, extra=extra, **args) for extra in TWICE}
     return Injected(plain, slowed)
 
 

@@ -327,4 +327,4 @@ def test_the_gpus_slowdowns_are_whole_heads():
     for item in INJECTED:
         heads = item.plain.args["heads"]
         assert all(case.args["extra"] == pytest.approx(x * heads) and case.share for x, case in item.slowed.items())
-        assert not item.slowed or {0.0, 0.01, 0.02} <= item.slowed.keys() and item.plain.share
+        assert not item.slowed or {0.0, 0.02, 0.1} <= item.slowed.keys() and item.plain.share

@@ -132,7 +132,8 @@ def _draw_power(folder: Path, axes) -> None:
     _label(axes, "share of the tiles repeated, %", "gates that say FAIL, %", range(0, 11, 2), ())
     axes.yaxis.set_ticks(range(0, 101, 25))
     axes.yaxis.set_ticks((), minor=True)
-    axes.legend(frameon=False, labelcolor=TEXT, fontsize=8, loc="lower right", title=stored.machine["class"], title_fontsize=8)
+    legend = axes.legend(frameon=False, labelcolor=TEXT, fontsize=8, loc="lower right", title=stored.machine["class"], title_fontsize=8)
+    legend.get_title().set_color(TEXT)
 
 
 def _bits(mask: torch.Tensor) -> np.ndarray:

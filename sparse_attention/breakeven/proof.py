@@ -18,7 +18,7 @@ from typing import Any
 
 from .case import Case
 from .power import Power, PowerPoint
-from .regression import FLOOR
+from .regression import floor_of
 from .resampling import ORDERS, POLICIES, Rate, blocks_needed, disjoint, pooled, rate, suites
 from .result import block_logs
 from .statistics import block_log_speedup, interval
@@ -131,16 +131,16 @@ def analyse(
         power[gate] = {s.case: _power(s, policy, runs, rng) for s in sessions if len(s.speedup) > 1}
         apart[gate] = _apart(sessions, lambda s, x: disjoint(s.speedup[x], s.speedup[0.0], policy))
     tell(f"drawing gates: {REGRESSION}")
-    policy = POLICIES["10 blocks"]
+    policy, least = POLICIES["10 blocks"], floor_of(machine["class"])
     twins = [s for s in sessions if 0.0 in s.against_plain]
     alarms[REGRESSION] = {
-        order: {s.case: rate(s.against_plain[0.0], s.against_plain[0.0], policy, runs, rng, order, floor=FLOOR) for s in twins}
+        order: {s.case: rate(s.against_plain[0.0], s.against_plain[0.0], policy, runs, rng, order, floor=least) for s in twins}
         for order in ORDERS
     }
     power[REGRESSION] = {
-        s.case: {x: rate(logs, logs, policy, runs, rng, floor=FLOOR) for x, logs in s.against_plain.items()} for s in twins
+        s.case: {x: rate(logs, logs, policy, runs, rng, floor=least) for x, logs in s.against_plain.items()} for s in twins
     }
-    apart[REGRESSION] = _apart(twins, lambda s, x: disjoint(s.against_plain[x], s.against_plain[x], policy, floor=FLOOR))
+    apart[REGRESSION] = _apart(twins, lambda s, x: disjoint(s.against_plain[x], s.against_plain[x], policy, floor=least))
     tell("drawing suites of 50 cases")
     pools = [s.speedup[0.0] for s in sessions]
     count = max(runs // 2, 10)

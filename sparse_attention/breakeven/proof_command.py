@@ -122,7 +122,7 @@ def _tried(controls: Sequence[Control], threads: int, progress: Progress) -> lis
 def _say(options, injected: Sequence[Injected], controls: Sequence[Control]) -> int:
     print(f"{options.blocks} blocks of these, {options.threads} threads, {duration(options.budget)} at most:")
     for item in injected:
-        slowed = ", ".join(f"+{100 * x:g} %" for x in item.slowed)
+        slowed = ", ".join(f"+{100 * x:.3g} %" for x in item.slowed)
         print(f"  {item.plain.id}" + (f", and with work repeated: {slowed}" if slowed else ""))
     print("then these controls:")
     for control in controls:

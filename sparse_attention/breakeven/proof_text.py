@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .proof import BELOW, REGRESSION, Proof
-from .regression import FLOOR
+from .regression import floor_of
 from .resampling import POLICIES, blocks_needed, mean_rate
 
 CASES_IN_A_SUITE = 50
@@ -17,7 +17,7 @@ _RULES = {
     "two-stage, 0.01 %": "two-stage: 5 blocks at 5 %, suspects 10 fresh ones at 0.01 %",
     "sequential": "sequential: 5, 10 and 20 blocks, 1 % in all",
     "10 blocks": "10 blocks at 1 %",
-    REGRESSION: f"regression: the kernel against itself, 10 blocks at 1 %, floor {FLOOR}",
+    REGRESSION: "regression: the kernel against itself, 10 blocks at 1 %, floor {floor:g}",
 }
 
 
@@ -54,8 +54,10 @@ def summary(proof: Proof) -> str:
     lines = []
     for gate, orders in proof.alarms.items():
         alarms = mean_rate(list(orders["shuffled"].values())) if orders["shuffled"] else None
-        found = [r for rates in proof.power.get(gate, {}).values() for x, r in rates.items() if x == 0.05]
-        lines.append(f"{gate}: false alarms {alarms}; 5 % slowdowns found: {mean_rate(found) if found else 'not measured'}")
+        cases = proof.power.get(gate, {}).values()
+        x = min((x for rates in cases for x in rates if x >= 0.05), default=0.05)
+        found = [rates[x] for rates in cases if x in rates]
+        lines.append(f"{gate}: false alarms {alarms}; {100 * x:.3g} % slowdowns found: {mean_rate(found) if found else 'not measured'}")
     for gate, orders in proof.suites.items():
         rates = [f"{rates[0.0]} {order}" for order, rates in orders.items()]
         what = f"suites of {CASES_IN_A_SUITE} cases that fail with every floor at its true speedup"
@@ -69,7 +71,7 @@ def summary(proof: Proof) -> str:
 def _sessions(proof: Proof) -> str:
     rows = []
     for s in proof.sessions:
-        real = [f"{100 * x:g} % is {100 * s.slowdown(x)[0]:.1f} %" for x in s.against_plain]
+        real = [f"{100 * x:.3g} % is {100 * s.slowdown(x)[0]:.1f} %" for x in s.against_plain]
         rows.append([f"`{s.case}`", str(s.blocks), f"{100 * s.sd:.2f} %", ", ".join(real) or "-"])
     return _table(["case", "blocks", "block sd", "repeating a share of the tiles costs"], rows)
 
@@ -81,14 +83,14 @@ def _alarms(proof: Proof) -> str:
         for order, rates in orders.items():
             if rates:
                 each = [str(rates[c].caught) + f" of {rates[c].runs}" if c in rates else "-" for c in cases]
-                rows.append([_RULES[gate], order, *each, str(mean_rate(list(rates.values())))])
+                rows.append([_rule(gate, proof), order, *each, str(mean_rate(list(rates.values())))])
     return _table(["gate", "blocks taken", *(f"`{c}`" for c in cases), "all [95 % bounds]"], rows)
 
 
 def _suites(proof: Proof) -> str:
     rows = []
     for gate, orders in proof.suites.items():
-        rows += [[_RULES[gate], order, *(str(rates[b]) for b in BELOW)] for order, rates in orders.items()]
+        rows += [[_rule(gate, proof), order, *(str(rates[b]) for b in BELOW)] for order, rates in orders.items()]
     distances = ("floors at the true speedups" if not b else f"{100 * b:g} % below" for b in BELOW)
     head = [f"suites of {CASES_IN_A_SUITE} cases that fail", "blocks taken", *distances]
     return _table(head, rows)
@@ -99,12 +101,12 @@ def _power(proof: Proof) -> str:
     slowdowns = sorted({x for cases in proof.power.values() for rates in cases.values() for x in rates if x})
     for gate, cases in proof.power.items():
         for case, rates in cases.items():
-            rows.append([_RULES[gate], f"`{case}`", *(str(rates[x]) if x in rates else "-" for x in slowdowns)])
+            rows.append([_rule(gate, proof), f"`{case}`", *(str(rates[x]) if x in rates else "-" for x in slowdowns)])
         shared = proof.disjoint.get(gate, {})
         if shared and cases:
             cells = [f"{shared[x].caught} of {shared[x].runs}" if x in shared else "-" for x in slowdowns]
-            rows.append([_RULES[gate], "gates that share no block", *cells])
-    return _table(["gate", "case", *(f"{100 * x:g} %" for x in slowdowns)], rows)
+            rows.append([_rule(gate, proof), "gates that share no block", *cells])
+    return _table(["gate", "case", *(f"{100 * x:.3g} %" for x in slowdowns)], rows)
 
 
 def _method(proof: Proof) -> str:
@@ -139,6 +141,10 @@ def _cell(lines: Sequence[str]) -> str:
 
 def _codes(codes: Sequence[int]) -> str:
     return " or ".join(map(str, codes))
+
+
+def _rule(gate: str, proof: Proof) -> str:
+    return _RULES[gate].format(floor=floor_of(proof.machine["class"]))
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], sides: str = "") -> str:

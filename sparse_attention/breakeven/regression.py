@@ -25,6 +25,7 @@ from .statistics import Interval, t_quantile
 from .verdict import Verdict
 
 FLOOR = 0.97  # code that does the same moves by a percent or two when its place in memory changes
+CUDA_FLOOR = 0.99  # on a GPU by half a percent
 LABELS = ("base", "head")
 NOT_IN_THE_BASE = "not in the base"  # how the reason begins of a case that only this revision has
 CHANGED_ALPHA = 0.005  # error probability of each side of what is called slower or faster
@@ -44,6 +45,11 @@ class Base:
         commit = revision.resolve(name, repository)
         folder = revision.checkout(commit, repository, prepare)
         return cls(commit, str(folder), tuple(packages) or cls.packages)
+
+
+def floor_of(device: str) -> float:
+    """The least speed against the base on such a device or machine class."""
+    return CUDA_FLOOR if device.startswith("cuda") else FLOOR
 
 
 def against(cases: Iterable[Case], base: Base, floor: float = FLOOR) -> list[Case]:

@@ -74,7 +74,7 @@ def terms(
     cases = list(cases)
     if given("base"):
         base = Base.of(given("base"), given("package"), given("prepare") or "")
-        return Terms(regression.against(cases, base, given("floor")), base)
+        return Terms(regression.against(cases, base, given("floor") or regression.floor_of(device)), base)
     since, asked = given("since"), given("since") is not None
     path = given("thresholds")
     if table:
@@ -95,7 +95,8 @@ def add_options(add: Callable[..., Any], prefix: str = "") -> None:
     add(f"--{prefix}base", metavar="REV", help="race each case against itself in this git revision, not against its baseline")
     add(f"--{prefix}package", action="append", default=[], metavar="NAME", help="what is taken from REV; default sparse_attention")
     add(f"--{prefix}prepare", metavar="COMMAND", help="build REV with this shell command, run in its unpacked root")
-    add(f"--{prefix}floor", type=_floor, default=regression.FLOOR, metavar="SPEEDUP", help="with REV: least speed against it")
+    floors = f"with REV: least speed against it; default {regression.FLOOR}, on a GPU {regression.CUDA_FLOOR}"
+    add(f"--{prefix}floor", type=_floor, metavar="SPEEDUP", help=floors)
     add(f"--{prefix}thresholds", metavar="FILE", help="floors by machine class; 'none' for the cases' own")
     unknown = "exit 0 on a machine class without floors, where nothing is judged"
     add(f"--{prefix}allow-unknown-class", action="store_true", help=unknown)
