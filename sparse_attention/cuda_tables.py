@@ -55,13 +55,15 @@ def tables(found: Layout, device: torch.device, processors: int, halves: bool = 
     parts = []
     for part, merge_of_head in zip(found.parts, merges):
         shared = _shared_tables(found, part, halves)
-        items, length = _work(found, part)
+        items = _work(found, part)
+        if not halves:  # a filter brings its own order
+            items, length = _long_first(found, part, items)
         kinds = items[:, 8] * np.int64(4) + merge_of_head[items[:, 0]]
         for kind in np.unique(kinds):
             mine, (stride, merge) = kinds == kind, divmod(kind, 4)
-            # A filter brings its own order.
-            shares = items[mine], np.zeros(processors + 1, np.int32)
-            work, starts = shares if halves else _shared_out(items[mine], length[mine], processors)
+            work, starts = items[mine], np.zeros(processors + 1, np.int32)
+            if not halves:
+                work, starts = _shared_out(work, length[mine], processors)
             moved = (torch.from_numpy(np.ascontiguousarray(x)).to(device) for x in (work, starts, part.row_start.numpy(), *shared[1:]))
             parts.append(Part(int(stride), int(merge), shared[0], *moved))
     return parts
@@ -98,10 +100,8 @@ def _shared_tables(found: Layout, part: LayoutPart, halves: bool) -> tuple:
     return has_dead, runs, masks, ~seen, marks
 
 
-def _work(found: Layout, part: LayoutPart) -> tuple[np.ndarray, np.ndarray]:
-    """One row for each tile of queries of each head, as struct Work, and its number of key tiles: long ones first, a few heads at
-    a time.
-    """
+def _work(found: Layout, part: LayoutPart) -> np.ndarray:
+    """One row for each tile of queries of each head, as struct Work."""
     views, bounds = part.views.numpy(), part.variant_views.numpy()
     of_variant = []  # items of head 0
     for first, stop in zip(bounds, bounds[1:]):
@@ -116,6 +116,11 @@ def _work(found: Layout, part: LayoutPart) -> tuple[np.ndarray, np.ndarray]:
         of_variant.append(np.concatenate(mine))
     work = np.concatenate([of_variant[variant] for variant in part.head_variant.numpy()])
     work[:, 0] = np.repeat(np.arange(found.heads), [len(of_variant[variant]) for variant in part.head_variant.numpy()])
+    return work
+
+
+def _long_first(found: Layout, part: LayoutPart, work: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The work and how many key tiles each item has: long ones first, a few heads at a time."""
     tiles = np.concatenate([[0], np.cumsum(part.runs.numpy()[:, 1])])[part.row_start.numpy()]
     length = np.diff(tiles)[work[:, 1]]
     order = np.lexsort((-length, work[:, 0] // SECTION, length <= LONG * length.mean()))
