@@ -32,12 +32,13 @@ add(CPU, "eagle/verify/128k", "verify", floor=20.0, vocab=V, dtype="float32")
 add(CPU, "eagle/commit/32-layers", "commit", FULL, layers=32, rows=512, dtype="bfloat16")
 add(CPU, "eagle/draft/32k", "draft", FULL, vocab=32000, dtype="float32")
 add(CPU, "eagle/step", "step", floor=20.0, vocab=V, layers=32, rows=512, dtype="float32")
-for vocab, floor in ((96, 0.9), (32000, 1.2)):
+for vocab, floor in ((96, 0.8), (32000, 1.2)):
     add(CPU, f"eagle/generate/{vocab}", "generate", FULL, floor=floor, vocab=vocab)
 for nodes, prefix in ((50, 0), (100, 0), (200, 0), (500, 0), (1000, 0), (64, 2048)):
     add(CPU, f"eagle/attention/{nodes}-after-{prefix}", "tree", FULL, nodes=nodes, prefix=prefix, dtype="float32")
 
-# One H100: floors of the tree's attention, of build in a graph, of the bandwidth of verification and of commit are the project's own.
+# One H100: floors of the tree's attention, of build, of commit's time and of a batch's verification, 75 % of the bandwidth of a copy, are
+# the project's own. One request's logits are too few for that: see docs/eagle.md.
 for nodes in (26, 50, 100, 200, 500, 1000):
     add(CUDA, f"eagle/attention/{nodes}", "tree", nodes=nodes, prefix=0, dtype="float16")
 for prefix, floor in ((2048, 4.0), (32768, 9.0)):
@@ -49,13 +50,13 @@ for batch in (1, 16, 64):
 add(CUDA, "eagle/build/time", "build", mask="bits", limit_s=15e-6)
 add(CUDA, "eagle/build", "build", floor=20.0)
 for nodes in (16, 64, 256, 1024, 4096):
-    add(CUDA, f"eagle/mask/{nodes}", "mask", nodes=nodes)
-add(CUDA, "eagle/verify/128k/of-copy", "verify", vocab=V, dtype="float16", rival="copy", floor=0.75)
-add(CUDA, "eagle/verify/128k/of-argmax", "verify", vocab=V, dtype="float16", rival="argmax")
+    add(CUDA, f"eagle/mask/{nodes}", "mask", nodes=nodes, floor=4.0)
+add(CUDA, "eagle/verify/128k/of-copy", "verify", vocab=V, dtype="float16", rival="copy", floor=0.3)
+add(CUDA, "eagle/verify/128k/of-argmax", "verify", vocab=V, dtype="float16", rival="argmax", floor=1.5)
 add(CUDA, "eagle/verify/128k/batch-16/of-copy", "verify", vocab=V, dtype="float16", batch=16, rival="copy", floor=0.75)
-add(CUDA, "eagle/verify/128k", "verify", vocab=V, dtype="float16")
+add(CUDA, "eagle/verify/128k", "verify", vocab=V, dtype="float16", floor=5.0)
 add(CUDA, "eagle/commit/32-layers/time", "commit", layers=32, rows=2048, dtype="float16", limit_s=8e-6)
-add(CUDA, "eagle/commit/32-layers", "commit", layers=32, rows=2048, dtype="float16")
-add(CUDA, "eagle/draft/128k", "draft", vocab=V, dtype="float16")
-add(CUDA, "eagle/step", "step", vocab=V, layers=32, rows=2048, dtype="float16")
+add(CUDA, "eagle/commit/32-layers", "commit", layers=32, rows=2048, dtype="float16", floor=1.5)
+add(CUDA, "eagle/draft/128k", "draft", vocab=V, dtype="float16", floor=1.5)
+add(CUDA, "eagle/step", "step", vocab=V, layers=32, rows=2048, dtype="float16", floor=5.0)
 add(CUDA, "eagle/generate/32000", "generate", FULL, vocab=32000)
