@@ -149,15 +149,22 @@ def _as_layers(caches: Tensor | Sequence[Tensor]) -> list[Tensor]:
     given = [caches] if isinstance(caches, Tensor) else list(caches)
     if not given:
         raise ValueError("caches is empty; expected at least one tensor")
-    layers = []
+    layers, checked = [], None
     for n, x in enumerate(given):
-        name = "caches" if isinstance(caches, Tensor) else f"caches[{n}]"
-        dims = x.dim() if isinstance(x, Tensor) and x.dim() in (4, 5) and not isinstance(caches, Tensor) else 5
-        check_rows(name, x, dims)
-        layers.append(x if dims == 5 else x[None])
-        for place in (1, 3):
-            if layers[-1].shape[place] != layers[0].shape[place]:
-                raise ValueError(f"{name} has shape {tuple(x.shape)}; expected the batch and rows of caches[0], {tuple(given[0].shape)}")
-        if x.dtype != layers[0].dtype or x.device != layers[0].device:
-            raise ValueError(f"{name} is {x.dtype} on {x.device}; expected {layers[0].dtype} on {layers[0].device}, as caches[0]")
+        kind = (x.shape, x.dtype, x.device, x.stride()[-1:]) if isinstance(x, Tensor) else None
+        if kind is None or kind != checked:  # what the one before it was needs no check
+            _check_layer("caches" if caches is x else f"caches[{n}]", x, given[0], caches is x)
+            checked = kind
+        layers.append(x if x.dim() == 5 else x.unsqueeze(0))
     return layers
+
+
+def _check_layer(name: str, x: object, like: Tensor, alone: bool) -> None:
+    """That `x` is a cache, of 5 dimensions if it is `alone`, and of the batch, rows, dtype and device of `like`."""
+    dims = x.dim() if isinstance(x, Tensor) and x.dim() in (4, 5) and not alone else 5
+    check_rows(name, x, dims)
+    for place in (-4, -2):
+        if x.shape[place] != like.shape[place]:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; expected the batch and rows of caches[0], {tuple(like.shape)}")
+    if x.dtype != like.dtype or x.device != like.device:
+        raise ValueError(f"{name} is {x.dtype} on {x.device}; expected {like.dtype} on {like.device}, as caches[0]")
