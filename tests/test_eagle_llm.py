@@ -9,6 +9,7 @@ import torch
 from sparse_attention.eagle import EAGLE1_MC_SIM_7B_63, eagle_hits, generate_tree_buffers, optimize_eagle, restore_eagle
 from sparse_attention.eagle.__main__ import main
 from tests import eagle_llm
+from tests.eagle_reads import Reads
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +36,9 @@ def model_and_prompts(checkpoint_folders):
     torch.set_num_threads(threads)
 
 
+MASK = "base_model.model._prepare_decoder_attention_mask"
+
+
 def generated(model, prompt, **options):
     return model.eagenerate(prompt, max_new_tokens=30, max_length=200, **options)
 
@@ -44,7 +48,7 @@ def test_greedy_output_is_the_unpatched_models(model_and_prompts):
     plain = [generated(model, p) for p in prompts]
     before = [list(vars(m).items()) for m in model.modules()]
     model, original = optimize_eagle(model)
-    assert set(original) == {"eagenerate", "ea_generate", "ea_layer.topK_genrate"}
+    assert set(original) == {"eagenerate", "ea_generate", "ea_layer.topK_genrate", MASK}
     patched = [generated(model, p) for p in prompts]
     streamed = [list(itertools.islice(model.ea_generate(p), 4)) for p in prompts]
     hits = eagle_hits(model)
@@ -59,6 +63,38 @@ def test_greedy_output_is_the_unpatched_models(model_and_prompts):
     after = [list(vars(m).items()) for m in model.modules()]
     assert [[k for k, _ in d] for d in after] == [[k for k, _ in d] for d in before]
     assert "eagenerate" not in vars(model) and "topK_genrate" not in vars(model.ea_layer)
+
+
+def test_a_step_reads_from_the_device_once(model_and_prompts):
+    model, prompts = model_and_prompts
+    per_step = []
+    for patched in (False, True):
+        if patched:
+            model, original = optimize_eagle(model)
+        generated(model, prompts[0])  # now the cache and the buffers are there, which EAGLE keeps
+        found = []
+        for steps in (2, 6):
+            stream = model.ea_generate(prompts[0])
+            with Reads(model.current_length_data) as reads:
+                assert all(type(ids) is torch.Tensor for ids in itertools.islice(stream, steps))
+            found.append(reads.count)
+        per_step.append((found[1] - found[0]) / 4)
+    restore_eagle(model, original)
+    assert per_step[0] > 3 and per_step[1] == 1
+
+
+def test_the_mask_is_eagles(model_and_prompts):
+    model, _ = model_and_prompts
+    decoder = model.base_model.model
+    decoder.tree_mask = generate_tree_buffers(EAGLE1_MC_SIM_7B_63).tree_attn_mask
+    inputs = torch.ones(1, 40, dtype=torch.bool), (1, 26), torch.zeros(1, 26, 8), 14
+    plain, before = decoder._prepare_decoder_attention_mask(*inputs), dict(vars(decoder))
+    model, original = optimize_eagle(model)
+    assert torch.equal(decoder._prepare_decoder_attention_mask(*inputs), plain)
+    assert decoder.tree_mask is before["tree_mask"] and original[MASK].__func__ is type(decoder)._prepare_decoder_attention_mask
+    restore_eagle(model, original)
+    assert vars(decoder) == before
+    decoder.tree_mask = None
 
 
 def test_sampling_keeps_eagles_own_rule(model_and_prompts):

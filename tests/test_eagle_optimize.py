@@ -8,13 +8,13 @@ from itertools import product
 import pytest
 import torch
 from scipy.stats import chisquare
-from torch.overrides import TorchFunctionMode
 
 from sparse_attention.eagle import eagle_hits, host_known, optimize_eagle, optimize_steps, restore_eagle, small_model, small_model_steps
 from sparse_attention.eagle.bench_sections import counted_syncs
 from sparse_attention.eagle.optimize import with_globals
 from sparse_attention.eagle.small_model_layers import Config
 from sparse_attention.eagle.small_model_training import small_model as make
+from tests.eagle_reads import Reads
 
 OPERATIONS = {"logsoftmax_topk", "cumulative_topk", "build_tree", "verify_greedy", "commit"}
 GREEDY = {"max_new_tokens": 30, "max_length": 256, "log": True}
@@ -97,21 +97,6 @@ def test_rows_of_nothing_at_the_end_change_nothing(trained, monkeypatch, own_ste
         assert torch.equal(sampled[:, : prompts[0].shape[1]], prompts[0]) and sampled.shape[1] > prompts[0].shape[1] + 8
     finally:
         restore_eagle(model, original)
-
-
-class Reads(TorchFunctionMode):
-    """Counts what reads a tensor's values on the host, which on a device would wait for it."""
-
-    NAMES = {"item", "tolist", "numpy", "cpu", "nonzero", "unique", "equal", "__bool__", "__int__", "__index__", "__float__", "__contains__"}
-
-    def __init__(self, on_host):
-        super().__init__()
-        self.on_host, self.count = on_host.untyped_storage().data_ptr(), 0
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if getattr(function, "__name__", "") in self.NAMES and args[0].untyped_storage().data_ptr() != self.on_host:
-            self.count += 1
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.5])

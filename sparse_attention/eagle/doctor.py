@@ -12,6 +12,7 @@ from torch import nn
 from sparse_attention import _build
 from sparse_attention._build import BuildError
 from sparse_attention.eagle.native import engine
+from sparse_attention.eagle.optimize_mask import NAME, has_mask
 from sparse_attention.eagle.optimize_model import Found, recognise
 
 KERNELS = (
@@ -69,6 +70,8 @@ def patches(model: nn.Module) -> tuple[Found, dict[str, str]]:
     places = {"model.ea_layer.topK_genrate": replaced["topK_genrate"]}
     for step, function in found.steps.items():
         places[f"{function.__module__}.{step}, as called by {' and '.join(found.generators)}"] = replaced[step]
+    if has_mask(model.base_model.model):
+        places[f"model.base_model.model.{NAME}"] = "the same without its wait for the device"
     return found, places
 
 

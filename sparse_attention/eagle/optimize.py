@@ -11,10 +11,12 @@ from torch import nn
 
 from sparse_attention.eagle.checks import IMPLS, check_choice
 from sparse_attention.eagle.host_known import plain_results
+from sparse_attention.eagle.optimize_mask import NAME, has_mask, without_wait
 from sparse_attention.eagle.optimize_model import STEPS, recognise, unwrapped
 from sparse_attention.eagle.optimize_steps import DynamicSteps, StaticSteps, Steps
 
 _STEPS_OF = "_sparse_attention_eagle"
+_MASK = f"base_model.model.{NAME}"
 _ABSENT = object()
 
 
@@ -24,8 +26,9 @@ def optimize_eagle(model: nn.Module, *, impl: str = "auto") -> tuple[nn.Module, 
     Replaced are, for this instance only: ea_layer.topK_genrate, by logsoftmax_topk, cumulative_topk and build_tree, which makes the tree
     mask too (EAGLE-1: its greedy top-k); and in eagenerate, ea_generate and every other method that calls them, the functions
     tree_decoding (logits are not gathered into [leaves, W, V]), evaluate_posterior (verify_greedy, verify_sampling) and
-    update_inference_inputs (commit, with the hidden states). The loop itself, the two models and their cache stay EAGLE's, and no module
-    or class is changed: the instance gets its own copy of each such method, whose globals hold our functions.
+    update_inference_inputs (commit, with the hidden states); and the base's _prepare_decoder_attention_mask, whose mask of the tree would
+    wait for the device. The loop itself, the two models and their cache stay EAGLE's, and no module or class is changed: the instance gets
+    its own copy of each such method, whose globals hold our functions.
 
     Greedy output is the unpatched model's in float32; sampled output has its law, drawn with torch's generator in the place of Python's.
     EAGLE-1 keeps its own drawing and rule of acceptance when it samples.
@@ -41,12 +44,17 @@ def optimize_eagle(model: nn.Module, *, impl: str = "auto") -> tuple[nn.Module, 
     steps = (StaticSteps if found.version == 1 else DynamicSteps)(model, found, impl)
     original_methods = {name: getattr(model, name) for name in found.generators}
     original_methods["ea_layer.topK_genrate"] = model.ea_layer.topK_genrate
+    decoder = model.base_model.model
+    if has_mask(decoder):
+        original_methods[_MASK] = getattr(decoder, NAME)
     steps.before = {path: vars(owner).get(name, _ABSENT) for path, owner, name in _places(model, original_methods)}
     steps.original_methods = original_methods
     replaced = {name: getattr(steps, name) for name in STEPS}
     for name in found.generators:
         vars(model)[name] = plain_results(with_globals(original_methods[name], replaced))
     vars(model.ea_layer)["topK_genrate"] = steps.topK_genrate
+    if _MASK in original_methods:
+        vars(decoder)[NAME] = without_wait(original_methods[_MASK])
     vars(model)[_STEPS_OF] = steps
     return model, original_methods
 
@@ -88,7 +96,7 @@ def with_globals(method: MethodType, replaced: Mapping[str, Callable]) -> Method
 
 def _places(model: nn.Module, paths: Mapping[str, Callable]) -> list[tuple[str, nn.Module, str]]:
     """(path, object, attribute) of each path."""
-    return [(path, model.ea_layer if path.startswith("ea_layer.") else model, path.rpartition(".")[2]) for path in paths]
+    return [(path, model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in paths]
 
 
 def _steps_of(model: nn.Module) -> Steps:
