@@ -28,7 +28,7 @@ MASKS = ("rebuild", "incremental", "doubling")
 add(CPU, "eagle/build", "build", floor=5.0)
 for nodes in (16, 64, 256, 1024, 4096):
     add(CPU, f"eagle/mask/{nodes}", "mask", () if nodes == 64 else FULL, nodes=nodes, floor=2.0, columns=MASKS)
-add(CPU, "eagle/verify/128k", "verify", floor=20.0, vocab=V, dtype="float32")
+add(CPU, "eagle/verify/128k", "verify", FULL, floor=20.0, vocab=V, dtype="float32")
 add(CPU, "eagle/commit/32-layers", "commit", FULL, layers=32, rows=512, dtype="bfloat16")
 add(CPU, "eagle/draft/32k", "draft", FULL, vocab=32000, dtype="float32")
 add(CPU, "eagle/step", "step", floor=20.0, vocab=V, layers=32, rows=512, dtype="float32")
