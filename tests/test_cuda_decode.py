@@ -39,9 +39,9 @@ def check(q, k, v, lengths, poison=True, **given):
         k, v = (x.masked_fill(past, torch.nan) for x in (k, v))
     out, lse = decode(q, k, v, lengths, return_lse=True, impl="native", **given)
     # The reference computes in float32 and rounds once; two units in the last place, and the rounding of the weights.
-    # float32 is multiplied as three products of TF32.
-    factor = 64 if q.dtype == torch.float32 else 4
-    allowed = factor * torch.finfo(q.dtype).eps * right.abs().amax(-1, keepdim=True) + 2 * (theirs.double() - right).abs().amax(-1, keepdim=True)
+    # float32 is multiplied as three products of TF32, whose sums the tensor cores cut off.
+    single = 1e-5 if q.dtype == torch.float32 else 0
+    allowed = single + 4 * torch.finfo(q.dtype).eps * right.abs().amax(-1, keepdim=True) + 2 * (theirs.double() - right).abs().amax(-1, keepdim=True)
     assert ((out.double() - right).abs() <= allowed).all(), float((out.double() - right).abs().max())
     assert torch.equal(lse == -torch.inf, right_lse == -torch.inf)
     assert (lse.double() - right_lse).nan_to_num(0.0, 0.0, 0.0).abs().max() < 1e-3

@@ -22,13 +22,14 @@ struct Decode {
   int32_t page, pages, table_width;  // without a table: capacity, batch, 0
   int32_t ancestor_batch, words;
   int32_t window, sinks;  // window: -1 for none
-  int32_t splits;   // of the keys
-  int32_t cluster;  // blocks that merge their splits in shared memory: splits, or 1
-  float scale;      // above 0
+  int32_t splits;      // of the keys
+  int32_t cluster;     // blocks that merge their splits in shared memory: splits, or 1
+  uint64_t q_inverse;  // 2^32 / q_len, rounded up
+  float scale;         // above 0
 };
 
-// Warp matrix products (compute capability 8.0 and later) on blocks of 16, 64 or 128 rows, and warpgroup products (9.0) on 128. All return
-// a cudaError_t.
+// Warp matrix products (compute capability 8.0 and later) on blocks of 16, 64 or 128 rows, and warpgroup products (9.0, head_dim up to 128)
+// on 128. All return a cudaError_t.
 enum class DecodeKernel : int32_t { kNarrow, kWide, kTall, kWarpgroups };
 
 namespace decoding {

@@ -100,6 +100,7 @@ std::tuple<Tensor, Tensor> decode_forward(const Tensor& q_in, const Tensor& k, c
   }
   d.window = std::min<int64_t>(window, d.capacity), d.sinks = std::min<int64_t>(sinks, d.capacity);
   d.scale = scale;
+  d.q_inverse = ((uint64_t{1} << 32) + d.q_len - 1) / d.q_len;
   const DecodeDevice device = device_of();
   const auto kernel = kernel_wanted < 0 ? choose_kernel(d, q.element_size(), device) : static_cast<DecodeKernel>(kernel_wanted);
   split_keys(d, kernel, q.element_size(), device);

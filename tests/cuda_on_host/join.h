@@ -16,6 +16,7 @@ inline Decode decode_of(void** pointers, const int64_t* strides, const int32_t* 
   for (int i = 0; i < 15; ++i) *fields[i] = sizes[i];
   d.length = sizes[15];
   d.scale = scale;
+  d.q_inverse = ((uint64_t{1} << 32) + d.q_len - 1) / d.q_len;
   return d;
 }
 

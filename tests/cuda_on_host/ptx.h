@@ -7,6 +7,19 @@ struct __nv_bfloat16 {
 };
 struct __half {};
 
+inline uint32_t __ballot_sync(unsigned, bool value) {
+  struct {
+    bool value;
+    uint32_t all;
+  } mine{value, 0};
+  host::together(mine, [](auto** x) {
+    uint32_t all = 0;
+    for (int lane = 0; lane < 32; ++lane) all |= uint32_t{x[lane]->value} << lane;
+    for (int lane = 0; lane < 32; ++lane) x[lane]->all = all;
+  });
+  return mine.all;
+}
+
 inline int __popcll(uint64_t x) { return __builtin_popcountll(x); }
 
 inline int __shfl_sync(unsigned, int value, int) { return value; }  // by one lane for itself

@@ -31,6 +31,9 @@ struct float2 {
 struct float4 {
   float x, y, z, w;
 };
+struct uint2 {
+  uint32_t x, y;
+};
 struct uint4 {
   uint32_t x, y, z, w;
 };
@@ -59,6 +62,7 @@ struct Block {
   std::vector<void*> brought;  // by each thread to its warp's meeting
   Meeting all;
   int threads = 0;  // of each of the blocks
+  bool any[16];     // of a block's threads
   ucontext_t scheduler;
   std::function<void()> body;
   int meetings = 0;  // so far: progress
@@ -140,6 +144,16 @@ inline std::vector<uint64_t> used_words(const uint64_t* bits, int64_t tiles, int
 
 inline void __syncthreads() {
   if (host::block.barriers) host::meet(host::block.blocks[host::current / host::block.threads], host::block.threads, [] {});
+}
+
+inline bool __syncthreads_or(bool value) {
+  bool& any = host::block.any[host::current / host::block.threads];
+  __syncthreads();
+  any = false;
+  __syncthreads();
+  any |= value;
+  __syncthreads();
+  return any;
 }
 
 inline void __syncwarp() { host::meet(host::block.warps[host::current / 32], 32, [] {}); }

@@ -20,20 +20,17 @@ struct Worker {
   typename P::Queries held;
   float out[S::kDim / 8][4], most[2], sum[2];  // most: of the scores, as they are
 
-  __device__ Worker(const Decode& d, Shared<S>& shared, int kv_head, int batch, int first_row, int split)
-      : d(d), shared(shared), work(d, kv_head, batch, first_row, split), lane(threadIdx.x % 32), key_warp(threadIdx.x / 32 / S::kRowWarps),
+  __device__ Worker(const Decode& d, Shared<S>& shared, int64_t length, uint32_t used, int kv_head, int batch, int first_row, int split)
+      : d(d), shared(shared), work(d, length, used, kv_head, batch, first_row, split), lane(threadIdx.x % 32), key_warp(threadIdx.x / 32 / S::kRowWarps),
         my_row(first_row + products.row + lane / 4), scale_log2(d.scale * 1.4426950408889634f) {}
 
   __device__ __forceinline__ void run() {
-    work.copy_queries(shared.queries());
-    if (threadIdx.x == 0) shared.used = 0;
-    if (d.words > 2) __syncthreads();
-    work.span.find_used(&shared.used, work.first_row, S::kRows, S::kThreads);
     const int begin = work.span.next(work.span.first);
     int ahead = begin;
-#pragma unroll
+#pragma unroll 1
     for (int stage = 0; stage < S::kStages - 1; ++stage) bring(ahead, stage);
     clear();
+    if (d.ancestors) work.find_holes(shared.alive);
     int query[2], depth[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) query[r] = work.span.query_of(my_row + 8 * r), depth[r] = query[r] < 0 ? 0 : work.span.depth(query[r]);
@@ -41,14 +38,9 @@ struct Worker {
       const int tile = work.span.tile(visit), base = tile * S::kKeys + products.key - work.span.prefix;
       const bool full = work.span.full(tile);
       uint64_t seen[2] = {0, 0};
-      uint32_t orphans = 0;
-      if (!full) {
-#pragma unroll
-        for (int r = 0; r < 2; ++r) seen[r] = query[r] < 0 ? 0 : work.span.seen(query[r], depth[r], base);
-        orphans = work.orphans(tile);
-      }
+      if (!full) look(seen, query, depth, base);
       copies_wait<S::kStages - 2>();
-      if (orphans) work.zero_values(shared.stage[stage], orphans);
+      if (work.holes && !full) work.fill_holes(shared.stage[stage], tile, shared.alive);
       __syncthreads();
       if (S::kHold && visit == begin) hold();
       bring(ahead, stage == 0 ? S::kStages - 1 : stage - 1);
@@ -63,6 +55,16 @@ struct Worker {
     __syncthreads();
     allow_next();
     finish(query);
+  }
+
+  // One piece of code for both rows: it comes from far away in a first call.
+  __device__ __forceinline__ void look(uint64_t (&seen)[2], const int (&query)[2], const int (&depth)[2], int base) const {
+#pragma unroll 1
+    for (int r = 0; r < 2; ++r) {
+      const int mine = r ? query[1] : query[0];
+      const uint64_t bits = mine < 0 ? 0 : work.span.seen(mine, r ? depth[1] : depth[0], base);
+      (r ? seen[1] : seen[0]) = bits;
+    }
   }
 
   __device__ __forceinline__ void bring(int& ahead, int stage) {
@@ -145,45 +147,22 @@ struct Worker {
 
   // A row without a query, and one that saw nothing, is 0.
   __device__ __forceinline__ void finish(const int (&query)[2]) {
-    float2 end[2];
+    float* part = shared.part(key_warp);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       sum[r] += __shfl_xor_sync(~0u, sum[r], 1);
       sum[r] += __shfl_xor_sync(~0u, sum[r], 2);
       const bool nothing = query[r] < 0 || sum[r] == 0;
-      end[r] = {nothing ? -INFINITY : most[r] * scale_log2, nothing ? 0 : sum[r]};
-    }
-    if (S::kKeyWarps == 1 && d.cluster == 1) return write(end);
-    float* part = shared.part(key_warp);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
       const int row = my_row + 8 * r - work.first_row;
-      const bool nothing = end[r].y == 0;
-      if (lane % 4 == 0) shared.ends[key_warp][row] = end[r];
+      if (lane % 4 == 0) shared.ends[key_warp][row] = {nothing ? -INFINITY : most[r] * scale_log2, nothing ? 0 : sum[r]};
 #pragma unroll
       for (int j = 0; j < S::kDim / 8; ++j)
         *reinterpret_cast<float2*>(part + row * S::kPartPitch + 8 * j + lane % 4 * 2) =
             nothing ? float2{0, 0} : float2{out[j][2 * r], out[j][2 * r + 1]};
     }
     __syncthreads();
-    if (S::kKeyWarps > 1) merge_warps(work, shared);
+    if (S::kKeyWarps > 1 || d.cluster == 1) merge_warps(work, shared);
     if (d.cluster > 1) merge_cluster(work, shared);
-  }
-
-  // From registers, where nobody else holds a part.
-  __device__ __forceinline__ void write(const float2 (&end)[2]) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int row = my_row + 8 * r;
-      if (row >= work.rows) continue;
-      const Target<S> target(work, row);
-      if (lane % 4 == 0) target.set_lse(end[r]);
-      const float keep = end[r].y == 0 ? 0 : 1 / end[r].y;
-#pragma unroll
-      for (int j = 0; j < S::kDim / 8; ++j)
-        if (const int column = 8 * j + lane % 4 * 2; column < d.head_dim)
-          target.set(column, keep == 0 ? float2{0, 0} : float2{out[j][2 * r] * keep, out[j][2 * r + 1] * keep});
-    }
   }
 };
 
@@ -191,8 +170,12 @@ struct Worker {
 template <class S>
 __global__ void __launch_bounds__(S::kThreads, S::kThreads <= 128 && S::kDim <= 128 ? 2 : 1) decode(const __grid_constant__ Decode d, int tiles) {
   extern __shared__ __align__(128) uint8_t raw[];
-  const int tile = tiles - 1 - blockIdx.y % tiles;
-  Worker<S>(d, *reinterpret_cast<Shared<S>*>(raw), blockIdx.y / tiles, blockIdx.z, tile * S::kRows, blockIdx.x).run();
+  auto& shared = *reinterpret_cast<Shared<S>*>(raw);
+  const int kv_head = uint32_t(blockIdx.y) / tiles, tile = tiles - 1 - (blockIdx.y - kv_head * tiles), first_row = tile * S::kRows;
+  const int64_t length = length_of(d, blockIdx.z);  // arrives while queries are asked for
+  copy_queries<S>(d, shared.queries(), blockIdx.z, kv_head, first_row);
+  const uint32_t used = used_words(d, &shared.used, blockIdx.z, first_row, S::kRows, S::kThreads);
+  Worker<S>(d, shared, length, used, kv_head, blockIdx.z, first_row, blockIdx.x).run();
 }
 
 }  // namespace sparse_attention::decoding

@@ -33,7 +33,7 @@ inline int64_t visited_keys(const Decode& d) {
 inline DecodeKernel choose_kernel(const Decode& d, int itemsize, const DecodeDevice& device) {
   const int rows = d.heads / d.kv_heads * d.q_len;
   if (rows <= 16) return DecodeKernel::kNarrow;
-  if (device.warpgroups && itemsize == 2 && rows > 64 && visited_keys(d) >= 8192) return DecodeKernel::kWarpgroups;
+  if (device.warpgroups && itemsize == 2 && d.head_dim <= 128 && rows > 64 && visited_keys(d) >= 8192) return DecodeKernel::kWarpgroups;
   return DecodeKernel::kWide;
 }
 

@@ -29,6 +29,13 @@ __device__ __forceinline__ void cluster_sync() {
 #endif
 }
 
+// The same, where nothing was written that others read.
+__device__ __forceinline__ void cluster_part() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+#endif
+}
+
 // The same variable of another block of the cluster.
 template <class T>
 __device__ __forceinline__ const T* of_block(const T* mine, int rank) {

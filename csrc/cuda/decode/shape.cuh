@@ -22,7 +22,7 @@ struct Shape {
   static constexpr int kFit = (kShared - (kHold ? 0 : kQueryBytes)) / kStage, kStages = kFit < 2 ? 2 : kFit > 6 ? 6 : kFit;
   static constexpr int kCopies = kKeys * kUnits / kThreads;  // of a thread, for the keys of a tile
   static constexpr int kPartPitch = kDim + 8;                // floats of a row's output in shared memory
-  static_assert(kKeys * kUnits % kThreads == 0 && kCopies <= 32 && kMine % (kSingle ? 8 : 16) == 0);
+  static_assert(kKeys * kUnits % kThreads == 0 && kMine % (kSingle ? 8 : 16) == 0);
   static_assert(!kHold || kQueryBytes <= kStage);
 };
 
@@ -31,7 +31,7 @@ struct alignas(128) Shared {
   uint8_t stage[S::kStages][S::kStage];  // keys, then values; at first queries in the last; at the end outputs as floats, over `q` too
   uint8_t q[S::kHold ? 128 : S::kQueryBytes];
   float2 ends[S::kKeyWarps + 1][S::kRows];  // the base of each row's softmax in powers of 2, and its sum; the last: of all warps
-  uint32_t used;  // words of a tree, see Span
+  uint32_t used, alive[32];  // words of a tree, see Span; nodes that there are
 
   __device__ __forceinline__ uint8_t* queries() { return S::kHold ? stage[S::kStages - 1] : q; }
   __device__ __forceinline__ float* part(int warp) { return reinterpret_cast<float*>(stage) + warp * S::kRows * S::kPartPitch; }
@@ -44,6 +44,35 @@ __device__ __forceinline__ int place(int row, int unit) {
   return row * S::kPitch + (S::kSingle ? unit : unit ^ row % 8) * 16;
 }
 
+// A thread copies one column of 16 bytes of some rows: first(), first() + kStep and so on.
+template <class S>
+struct Mine {
+  static constexpr int kStep = S::kThreads / S::kUnits;
+  static_assert(S::kThreads % S::kUnits == 0 && S::kRows % kStep == 0);
+  __device__ __forceinline__ static int unit() { return threadIdx.x % S::kUnits; }
+  __device__ __forceinline__ static int first() { return threadIdx.x / S::kUnits; }
+};
+
+// Where a row of the group begins in q or out.
+template <typename T>
+__device__ __forceinline__ T* row_of(const Decode& d, const Strided& x, int batch, int kv_head, int row) {
+  const int head = head_of(d, row), query = row - head * d.q_len;
+  return static_cast<T*>(x.data) + batch * x.batch + (kv_head * (d.heads / d.kv_heads) + head) * x.head + query * x.row;
+}
+
+template <class S>
+__device__ __forceinline__ void copy_queries(const Decode& d, uint8_t* to, int batch, int kv_head, int first_row) {
+  using T = typename S::T;
+  const int unit = Mine<S>::unit(), rows = unit * 16 < d.head_dim * int(sizeof(T)) ? d.heads / d.kv_heads * d.q_len - first_row : 0;
+  const uint32_t target = shared_address(to);
+#pragma unroll 2
+  for (int i = 0; i < S::kRows / Mine<S>::kStep; ++i) {
+    const int local = Mine<S>::first() + i * Mine<S>::kStep;
+    const bool real = local < rows;
+    copy_16(target + place<S>(local, unit), row_of<T>(d, d.q, batch, kv_head, real ? first_row + local : 0) + (real ? unit * int(16 / sizeof(T)) : 0), real);
+  }
+}
+
 // One block's part of a call.
 template <class S>
 struct Work {
@@ -51,58 +80,66 @@ struct Work {
   const Decode& d;
   const int kv_head, batch, first_row, rows;  // rows: of the group
   Span<S::kKeys> span;
+  bool holes = false;  // whether some node of the tree is none
 
-  __device__ Work(const Decode& d, int kv_head, int batch, int first_row, int split)
-      : d(d), kv_head(kv_head), batch(batch), first_row(first_row), rows(d.heads / d.kv_heads * d.q_len), span(d, batch, split, first_row, S::kRows) {}
-
-  // Where a row begins in q or out.
-  __device__ __forceinline__ T* row_of(const Strided& x, int row) const {
-    const int64_t head = int64_t{kv_head} * (d.heads / d.kv_heads) + row / d.q_len;
-    return static_cast<T*>(x.data) + batch * x.batch + head * x.head + row % d.q_len * x.row;
-  }
-
-  __device__ __forceinline__ void copy_queries(uint8_t* to) const {
-    const uint32_t target = shared_address(to);
-    for (int n = threadIdx.x; n < S::kRows * S::kUnits; n += S::kThreads) {
-      const int local = n / S::kUnits, unit = n % S::kUnits, row = first_row + local;
-      const bool real = row < rows && unit * 16 < d.head_dim * int(sizeof(T));
-      copy_16(target + place<S>(local, unit), reinterpret_cast<const uint8_t*>(row_of(d.q, real ? row : 0)) + (real ? unit * 16 : 0), real);
-    }
-  }
+  __device__ Work(const Decode& d, int64_t length, uint32_t used, int kv_head, int batch, int first_row, int split)
+      : d(d), kv_head(kv_head), batch(batch), first_row(first_row), rows(d.heads / d.kv_heads * d.q_len),
+        span(d, length, used, batch, split, first_row, S::kRows) {}
 
   // Keys and values of a tile; zeros for those that no query may see.
   __device__ __forceinline__ void copy_tile(uint8_t* to, int tile) const {
     const uint32_t target = shared_address(to);
-    const int64_t head_k = kv_head * d.k.head, head_v = kv_head * d.v.head;
+    const int begin = tile * S::kKeys, first = Mine<S>::first(), unit = Mine<S>::unit(), column = unit * int(16 / sizeof(T));
+    const int end = column < d.head_dim ? span.length - begin : 0, low = span.low - begin, sinks = d.sinks - begin;
+    if (span.table) return copy_pages(target, begin, end, low, sinks, column);
+    const T* k = static_cast<const T*>(d.k.data) + batch * d.k.batch + kv_head * d.k.head + (begin + first) * d.k.row + column;
+    const T* v = static_cast<const T*>(d.v.data) + batch * d.v.batch + kv_head * d.v.head + (begin + first) * d.v.row + column;
 #pragma unroll
     for (int i = 0; i < S::kCopies; ++i) {
-      const int n = threadIdx.x + i * S::kThreads, local = n / S::kUnits, unit = n % S::kUnits, key = tile * S::kKeys + local;
-      const bool real = span.kept(key) && unit * 16 < d.head_dim * int(sizeof(T));
-      const int64_t page = !real ? 0 : span.table ? span.table[key >> span.page_shift] : batch;
-      const int64_t row = !real ? 0 : span.table ? key & (d.page - 1) : key;
-      const int column = real ? unit * int(16 / sizeof(T)) : 0;
+      const int local = first + i * Mine<S>::kStep;
+      const bool real = (local < end) & ((local >= low) | (local < sinks));
       const uint32_t at = target + place<S>(local, unit);
-      copy_16(at, static_cast<const T*>(d.k.data) + page * d.k.batch + head_k + row * d.k.row + column, real);
-      copy_16(at + S::kStage / 2, static_cast<const T*>(d.v.data) + page * d.v.batch + head_v + row * d.v.row + column, real);
+      copy_16(at, k, real);
+      copy_16(at + S::kStage / 2, v, real);
+      k += Mine<S>::kStep * d.k.row, v += Mine<S>::kStep * d.v.row;
     }
   }
 
-  // Of the rows of a tile that this thread copies: those of nodes that are none.
-  __device__ __forceinline__ uint32_t orphans(int tile) const {
-    uint32_t found = 0;
-    if (!span.ancestors || (tile + 1) * S::kKeys <= span.prefix) return 0;
-#pragma unroll
-    for (int i = 0; i < S::kCopies; ++i)
-      found |= uint32_t{span.orphan(tile * S::kKeys + (threadIdx.x + i * S::kThreads) / S::kUnits)} << i;
-    return found;
+  __device__ __forceinline__ void copy_pages(uint32_t target, int begin, int end, int low, int sinks, int column) const {
+    const T* k = static_cast<const T*>(d.k.data) + kv_head * d.k.head + column;
+    const T* v = static_cast<const T*>(d.v.data) + kv_head * d.v.head + column;
+#pragma unroll 4
+    for (int i = 0; i < S::kCopies; ++i) {
+      const int local = Mine<S>::first() + i * Mine<S>::kStep;
+      bool real = (local < end) & ((local >= low) | (local < sinks));
+      const uint32_t page = real ? span.table[(begin + local) >> span.page_shift] : ~0u;
+      real = page < uint32_t(d.pages);
+      const int64_t at = real ? page : 0, row = (begin + local) & (d.page - 1);
+      const uint32_t there = target + place<S>(local, Mine<S>::unit());
+      copy_16(there, k + at * d.k.batch + row * d.k.row, real);
+      copy_16(there + S::kStage / 2, v + at * d.v.batch + row * d.v.row, real);
+    }
   }
 
-  // Values of those become 0: their weight is 0, but they may be NaN.
-  __device__ __forceinline__ void zero_values(uint8_t* stage, uint32_t which) const {
-#pragma unroll
+  // Which nodes there are, and whether all of them are; by all threads, with a barrier.
+  __device__ __forceinline__ void find_holes(uint32_t* alive) {
+    bool found = false;
+    for (int node = threadIdx.x; node < (d.q_len + 31) / 32 * 32; node += S::kThreads) {
+      const bool here = node < d.q_len && span.node_alive(node);
+      const uint32_t bits = __ballot_sync(~0u, here);
+      if (node % 32 == 0) alive[node / 32] = bits;
+      found |= !here && node < d.q_len;
+    }
+    holes = __syncthreads_or(found);
+  }
+
+  // Values of nodes that are none become 0, by the threads that copied them: their weight is 0, but they may be NaN.
+  __device__ __forceinline__ void fill_holes(uint8_t* stage, int tile, const uint32_t* alive) const {
+#pragma unroll 1
     for (int i = 0; i < S::kCopies; ++i) {
-      const int n = threadIdx.x + i * S::kThreads;
-      if (which >> i & 1) *reinterpret_cast<uint4*>(stage + S::kStage / 2 + place<S>(n / S::kUnits, n % S::kUnits)) = uint4{0, 0, 0, 0};
+      const int local = Mine<S>::first() + i * Mine<S>::kStep, node = tile * S::kKeys + local - span.prefix;
+      if (node >= 0 && node < d.q_len && !(alive[node / 32] >> (node % 32) & 1))
+        *reinterpret_cast<uint4*>(stage + S::kStage / 2 + place<S>(local, Mine<S>::unit())) = uint4{0, 0, 0, 0};
     }
   }
 };

@@ -6,6 +6,38 @@ namespace sparse_attention {
 
 __device__ __forceinline__ uint64_t low_bits(int count) { return count >= 64 ? ~uint64_t{0} : count <= 0 ? 0 : (uint64_t{1} << count) - 1; }
 
+// A row's head in the group.
+__device__ __forceinline__ int head_of(const Decode& d, int row) {
+  const uint32_t head = uint64_t{uint32_t(row)} * d.q_inverse >> 32;  // or one more
+  return head * d.q_len > uint32_t(row) ? head - 1 : head;
+}
+
+__device__ __forceinline__ int64_t length_of(const Decode& d, int batch) { return d.lengths ? d.lengths[batch] : d.length; }
+
+// The ancestor words of a request, as is, or null.
+__device__ __forceinline__ const uint64_t* ancestors_of(const Decode& d, int batch) {
+  return d.ancestors ? d.ancestors + int64_t{d.ancestor_batch == 1 ? 0 : batch} * d.q_len * d.words : nullptr;
+}
+
+// Which words of 64 new keys some of `rows` rows from first_row on sees, in a tree that is large enough for that to matter; else all. By
+// all threads of a block, with barriers.
+__device__ __forceinline__ uint32_t used_words(const Decode& d, uint32_t* scratch, int batch, int first_row, int rows, int threads) {
+  if (!d.ancestors || d.words <= 2) return ~0u;
+  if (threadIdx.x == 0) *scratch = 0;
+  __syncthreads();
+  const uint64_t* ancestors = ancestors_of(d, batch);
+  uint32_t found = 0;
+  const int end = min(d.heads / d.kv_heads * d.q_len - first_row, rows) * d.words;
+#pragma unroll 4
+  for (int n = threadIdx.x; n < end; n += threads) {
+    const int local = uint32_t(n) / uint32_t(d.words), row = first_row + local, word = n - local * d.words;
+    if (ancestors[int64_t{row - head_of(d, row) * d.q_len} * d.words + word]) found |= 1u << word;
+  }
+  if (found) atomicOr(scratch, found);
+  __syncthreads();
+  return *scratch;
+}
+
 // Which tiles of kKeys keys one block visits, and which keys of them somebody sees.
 template <int kKeys>
 struct Span {
@@ -17,25 +49,26 @@ struct Span {
   int low;                    // the first key that a window leaves, sinks aside
   int sink_tiles, window_tile;
   int first, last;  // of this block's share, in tiles visited
-  uint32_t used = ~0u;  // which words of 64 new keys some row of the block sees, where that was found out
+  uint32_t used;  // of used_words
 
-  // rows: of the block, from first_row on; what lies behind the last key that they may see without a tree is not visited.
-  __device__ Span(const Decode& d, int batch, int split, int first_row, int rows) : d(d) {
-    const int64_t wanted = d.lengths ? d.lengths[batch] : d.length;
+  // wanted: length_of(d, batch). rows: of the block, from first_row on; what lies behind the last key that they may see without a tree is
+  // not visited.
+  __device__ Span(const Decode& d, int64_t wanted, uint32_t used, int batch, int split, int first_row, int rows) : d(d), used(used) {
     length = static_cast<int>(wanted < 0 || wanted > d.capacity ? 0 : wanted);
     table = d.block_table ? d.block_table + int64_t{batch} * d.table_width : nullptr;
     page_shift = table ? __ffsll(d.page) - 1 : 0;
     prefix = length - d.q_len;
     low = d.window < 0 ? 0 : max(0, prefix - d.window + 1);
-    ancestors = d.ancestors ? d.ancestors + int64_t{d.ancestor_batch == 1 ? 0 : batch} * d.q_len * d.words : nullptr;
-    const int begin = first_row % d.q_len;
+    ancestors = ancestors_of(d, batch);
+    const int begin = first_row - head_of(d, first_row) * d.q_len;
     const int newest = ancestors || begin + rows >= d.q_len ? d.q_len : begin + rows;
     const int tiles = (max(0, prefix + newest) + kKeys - 1) / kKeys;
     window_tile = low / kKeys;
     sink_tiles = min((d.sinks + kKeys - 1) / kKeys, window_tile);
     const int visited = sink_tiles + max(0, tiles - window_tile);
-    first = static_cast<int>(int64_t{visited} * split / d.splits);
-    last = static_cast<int>(int64_t{visited} * (split + 1) / d.splits);
+    const int each = visited / d.splits, rest = visited - each * d.splits;
+    first = each * split + min(split, rest);
+    last = first + each + (split < rest);
   }
 
   __device__ __forceinline__ int tile(int visit) const { return visit < sink_tiles ? visit : window_tile + visit - sink_tiles; }
@@ -48,20 +81,6 @@ struct Span {
         if (begin < 0 || used & (low_bits(end / 64 + 1) & ~low_bits(begin / 64))) break;
       }
     return visit;
-  }
-
-  // Sets `used` for a block of `threads` threads, all of which call this, and `rows` rows from first_row on, where a tree is large enough for
-  // that to matter. scratch: 0 before.
-  __device__ __forceinline__ void find_used(uint32_t* scratch, int first_row, int rows, int threads) {
-    if (!ancestors || d.words <= 2) return;
-    uint32_t found = 0;
-    const int end = min(d.heads / d.kv_heads * d.q_len - first_row, rows) * d.words;
-#pragma unroll 4
-    for (int n = threadIdx.x; n < end; n += threads)
-      if (ancestors[int64_t{(first_row + n / d.words) % d.q_len} * d.words + n % d.words]) found |= 1u << n % d.words;
-    if (found) atomicOr(scratch, found);
-    __syncthreads();
-    used = *scratch;
   }
 
   // Whether every query sees the whole tile.
@@ -81,7 +100,7 @@ struct Span {
 
   // The query of a row; -1 for a row past the end, a query before the first key, and a node that is none.
   __device__ __forceinline__ int query_of(int row) const {
-    const int query = row % d.q_len;
+    const int query = row - head_of(d, row) * d.q_len;
     return row < d.heads / d.kv_heads * d.q_len && prefix + query >= 0 && (!ancestors || node_alive(query)) ? query : -1;
   }
 

@@ -13,6 +13,12 @@ struct CacheMaps {
   CUtensorMap k, v;  // (column, 0, row of a page, head, page); without pages a request is one page
 };
 
+// The output leaves from registers: its memory holds another stage.
+template <int kDim, int kKeys, int kStages>
+struct CacheShape : Shape<kDim, kKeys, kStages> {
+  static constexpr bool kShare = true;
+};
+
 // One thread copies this block's key tiles in.
 template <class S>
 __device__ __forceinline__ void copy_cache(const Span<S::kKeys>& span, const CacheMaps& maps, Shared<S>& shared, int kv_head, int batch) {
@@ -40,6 +46,12 @@ __device__ __forceinline__ void copy_cache(const Span<S::kKeys>& span, const Cac
     barrier_wait(&shared.v_empty[stage], ring.phase ^ 1);
     copy(&maps.v, shared.v[stage], &shared.v_full[stage], tile);
   }
+}
+
+// One piece of code for all words of a tile: it comes from far away in a first call.
+template <int kKeys>
+__device__ __noinline__ uint64_t seen_by(const Span<kKeys>& span, int query, int base) {
+  return span.seen(query, span.depth(query), base);
 }
 
 template <class S, typename T>
@@ -84,9 +96,9 @@ struct Decoder : Attend<S, T, true, Decoder<S, T>> {
     const int base = (mask & ~kDead) * S::kKeys - span.prefix;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int query = span.query_of(row_of(r)), depth = query < 0 ? 0 : span.depth(query);
+      const int query = span.query_of(row_of(r));
 #pragma unroll
-      for (int w = 0; w < S::kKeys / 64; ++w) this->hide_word(s, r, w, query < 0 ? 0 : span.seen(query, depth, base + 64 * w));
+      for (int w = 0; w < S::kKeys / 64; ++w) this->hide_word(s, r, w, query < 0 ? 0 : seen_by(span, query, base + 64 * w));
     }
   }
 
@@ -148,17 +160,15 @@ template <class S, typename T>
 __global__ void __launch_bounds__(S::kThreads, 1) decode(const __grid_constant__ CacheMaps maps, const __grid_constant__ Decode d, int tiles) {
   extern __shared__ uint8_t raw[];
   auto& shared = *reinterpret_cast<Shared<S>*>((reinterpret_cast<uintptr_t>(raw) + 1023) / 1024 * 1024);
-  __shared__ alignas(Span<S::kKeys>) uint8_t span_memory[sizeof(Span<S::kKeys>)];  // read rarely: registers are for the products
-  __shared__ uint32_t used;
-  auto& span = *reinterpret_cast<Span<S::kKeys>*>(span_memory);
+  auto& span = *reinterpret_cast<Span<S::kKeys>*>(shared.out);  // read rarely: registers are for the products
+  auto& used = *reinterpret_cast<uint32_t*>(shared.out + sizeof(span));
   const int batch = blockIdx.z, kv_head = blockIdx.y / tiles, tile = tiles - 1 - blockIdx.y % tiles;  // those with most keys first
+  const uint32_t words = used_words(d, &used, batch, S::kQueries * tile, S::kQueries, S::kThreads);
   if (threadIdx.x == 0) {
-    used = 0;
     init_barriers(shared);
-    new (span_memory) Span<S::kKeys>(d, batch, blockIdx.x, S::kQueries * tile, S::kQueries);
+    new (shared.out) Span<S::kKeys>(d, length_of(d, batch), words, batch, blockIdx.x, S::kQueries * tile, S::kQueries);
   }
   __syncthreads();
-  span.find_used(&used, S::kQueries * tile, S::kQueries, S::kThreads);
   if (threadIdx.x < 128) {
     registers_fewer<40>();
     if (threadIdx.x == 0) copy_cache<S>(span, maps, shared, kv_head, batch);

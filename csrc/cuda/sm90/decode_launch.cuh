@@ -10,6 +10,7 @@ namespace {
 template <class S, typename T>
 cudaError_t launch_decode(const Decode& d, cudaStream_t stream) {
   static std::atomic<uint64_t> allowed{0};
+  static_assert(sizeof(Span<S::kKeys>) + sizeof(uint32_t) <= sizeof(Shared<S>::out) && sizeof(Shared<S>) + 1024 <= 227 * 1024);
   const auto type = IsHalf<T>::value ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   const Sequences cache{type, d.head_dim, d.kv_heads, d.pages, d.page, 1};
   const int box = std::min(S::kKeys, d.block_table ? d.page : S::kKeys);
@@ -26,10 +27,8 @@ cudaError_t launch_decode(const Decode& d, cudaStream_t stream) {
 
 template <typename T>
 int launch_decode(const Decode& d, cudaStream_t stream) {
-  if (d.head_dim <= 64) return launch_decode<Shape<64, 128, 4>, T>(d, stream);
-  if (d.head_dim <= 128) return launch_decode<Shape<128, 128, 2>, T>(d, stream);
-  if (d.head_dim <= 192) return launch_decode<Shape<192, 64, 2>, T>(d, stream);
-  return launch_decode<Shape<256, 64, 2>, T>(d, stream);
+  if (d.head_dim > 128) return cudaErrorInvalidValue;
+  return d.head_dim <= 64 ? launch_decode<CacheShape<64, 128, 4>, T>(d, stream) : launch_decode<CacheShape<128, 128, 3>, T>(d, stream);
 }
 
 }  // namespace

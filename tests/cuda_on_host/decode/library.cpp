@@ -21,7 +21,10 @@ void run_all(const Decode& d, int seed) {
         std::memset(sm80::shared_memory, 0xFF, kBytes * d.cluster);
         const auto body = [&] {
           auto& shared = *reinterpret_cast<Shared<S>*>(sm80::shared_memory + kBytes * (blockIdx.x - split));
-          Worker<S>(d, shared, y / tiles, z, (tiles - 1 - y % tiles) * S::kRows, blockIdx.x).run();
+          const int kv_head = y / tiles, first_row = (tiles - 1 - y % tiles) * S::kRows;
+          copy_queries<S>(d, shared.queries(), z, kv_head, first_row);
+          const uint32_t used = used_words(d, &shared.used, z, first_row, S::kRows, S::kThreads);
+          Worker<S>(d, shared, length_of(d, z), used, kv_head, z, first_row, blockIdx.x).run();
         };
         host::run_block(S::kThreads, random, body, d.cluster);
       }

@@ -41,6 +41,8 @@ inline void multiply_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, ui
 
 inline void cluster_sync() { host::meet(host::block.all, host::block.fibers.size(), [] {}); }
 
+inline void cluster_part() { cluster_sync(); }
+
 template <class T>
 const T* of_block(const T* mine, int rank) {
   const auto distance = (rank - host::current / host::block.threads) * static_cast<ptrdiff_t>(shared_bytes);

@@ -37,12 +37,12 @@ void decode_all(const Decode& d, const CacheMaps& maps, int seed) {
       for (uint32_t batch = 0; batch < uint32_t(d.batch); ++batch) {
         blockIdx = {split, y, batch};
         const int tile = tiles - 1 - y % tiles;
-        Span<S::kKeys> span(d, batch, split, S::kQueries * tile, S::kQueries);
-        uint32_t used = 0;
+        uint32_t used;
         run_block<Shared<S>>(S::kThreads, seed++, [&](Shared<S>& shared) {
+          const uint32_t words = used_words(d, &used, batch, S::kQueries * tile, S::kQueries, S::kThreads);
+          const Span<S::kKeys> span(d, length_of(d, batch), words, batch, split, S::kQueries * tile, S::kQueries);
           if (threadIdx.x == 0) init_barriers(shared);
           __syncthreads();
-          span.find_used(&used, S::kQueries * tile, S::kQueries, S::kThreads);
           if (threadIdx.x >= 128) return Decoder<S, __nv_bfloat16>(span, shared, d.scale * 1.4426950408889634f, tile).run();
           if (threadIdx.x == 0) copy_cache<S>(span, maps, shared, y / tiles, batch);
         });
@@ -95,9 +95,8 @@ extern "C" __attribute__((visibility("default"))) int decode(void** pointers, co
                            map_of(d.v, d.head_dim, d.kv_heads, d.pages, d.page, 1, false, box)};
       decode_all<S>(d, maps, seed);
     };
-    if (d.head_dim <= 64) all(Shape<64, 128, 4>{});
-    else if (d.head_dim <= 128) all(Shape<128, 128, 2>{});
-    else all(Shape<256, 64, 2>{});
+    if (d.head_dim <= 64) all(CacheShape<64, 128, 4>{});
+    else all(CacheShape<128, 128, 3>{});
   });
 }
 

@@ -11,19 +11,6 @@ struct CUtensorMap {
   int rows;                      // of a box
 };
 
-inline uint32_t __ballot_sync(unsigned, bool value) {
-  struct {
-    bool value;
-    uint32_t all;
-  } mine{value, 0};
-  host::together(mine, [](auto** x) {
-    uint32_t all = 0;
-    for (int lane = 0; lane < 32; ++lane) all |= uint32_t{x[lane]->value} << lane;
-    for (int lane = 0; lane < 32; ++lane) x[lane]->all = all;
-  });
-  return mine.all;
-}
-
 namespace sparse_attention::sm90 {
 
 inline uint8_t* shared_memory;
