@@ -88,7 +88,6 @@ inline int __syncthreads_count(bool value) {
   __syncthreads();
   return found;
 }
-inline bool __syncthreads_or(bool value) { return __syncthreads_count(value) > 0; }
 inline bool __syncthreads_and(bool value) { return __syncthreads_count(!value) == 0; }
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
