@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -363,6 +365,29 @@ def test_no_wait_for_the_device():
             eagle.select_tree(step.inputs[0], 20)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_step_waits_once_for_the_accepted_tokens():
+    step = Step()
+    step.draw(1)
+
+    def run():
+        tree = eagle.build_tree(*step.inputs[:3], 40, step.inputs[3], mask="bits")
+        verified = eagle.verify_greedy(tree, step.logits)
+        eagle.commit(step.cache, step.lengths, verified.accept_index, verified.accept_length, hidden=step.hidden)
+        return tree, verified, eagle.accepted_tokens(tree, verified)
+
+    run()
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            tree, verified, tokens = run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert sum("called a synchronizing" in str(w.message) for w in caught) == 1
+    assert tokens == eagle.accepted_tokens(*(type(x)(*(y if y is None else y.cpu() for y in x)) for x in (tree, verified)))
 
 
 def test_the_same_bits_each_time():
