@@ -1,4 +1,5 @@
-"""Compiles csrc at first use and loads the result: one shared library for each combination of sources, torch and processor.
+"""Compiles csrc at first use and loads the result: one shared library for each combination of sources, torch and processor. What
+is beside csrc/cpu holds no vectors, and takes as long to compile as what does: its objects are kept for all instruction sets.
 
 `SPARSE_ATTENTION_CACHE` names the folder that holds the libraries (default: `sparse_attention` in the user's cache folder).
 `SPARSE_ATTENTION_CPU` is `avx512`, `avx2` or `baseline`, for a library that uses less than the processor has.
@@ -18,7 +19,7 @@ import sys
 import sysconfig
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.machinery import ExtensionFileLoader
 from pathlib import Path
 from types import ModuleType
@@ -119,13 +120,17 @@ def tier() -> str:
 
 def key() -> str:
     """What a library depends on, as a short hash: sources, flags, torch, Python's ABI and the instruction set."""
-    digest = hashlib.sha256()
-    facts = [torch.__version__, sysconfig.get_config_var("SOABI") or sys.implementation.cache_tag, tier()]
-    for text in facts + FLAGS + TIERS[tier()] + compiler():
-        digest.update(text.encode() + b"\0")
     root = source_folder()
-    for path in _sources(root, "*.h") + _sources(root, "*.cpp"):
-        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return _digest([tier(), *TIERS[tier()]], _sources(root, "*.h") + _sources(root, "*.cpp"))
+
+
+def _digest(facts: list[str], files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    abi = sysconfig.get_config_var("SOABI") or sys.implementation.cache_tag
+    for text in [torch.__version__, abi, *facts, *FLAGS, *compiler()]:
+        digest.update(text.encode() + b"\0")
+    for path in files:
+        digest.update(path.relative_to(source_folder()).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
 
@@ -197,26 +202,39 @@ def _ninja_file(target: str) -> str:
 
     command = shlex.join(compiler())
     includes = [f"-isystem{path}" for path in [*include_paths(), sysconfig.get_paths()["include"]]]
-    flags = [*FLAGS, *TIERS[tier()], f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}", *includes]
+    flags = [*FLAGS, f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}", *includes]
     # Linked without -fopenmp: its symbols come with libtorch_cpu, so torch and the kernels share one pool of threads.
     link = [f"-L{path}" for path in library_paths()] + ["-ltorch_python", "-ltorch_cpu", "-ltorch", "-lc10"]
     if _is_clang():  # its OpenMP calls are in no library of torch's
         link.append("-fopenmp")
-    rules = {"compile": f"{command} {escape(shlex.join(flags))} -c $in -o $out"}
-    rules["link"] = f"{command} -shared $in -o $out {escape(shlex.join(link))}"
-    return ninja_text(target, rules, [("compile", source) for source in _sources(source_folder(), "*.cpp")])
+    root = source_folder()
+    rules = {
+        "compile": f"{command} {escape(shlex.join([*flags, *TIERS[tier()]]))} -c $in -o $out",
+        "share": f"{command} {escape(shlex.join(flags))} -c $in -o $out.{os.getpid()} && mv -f $out.{os.getpid()} $out",
+        "link": f"{command} -shared $in -o $out {escape(shlex.join(link))}",
+    }
+    headers = _sources(root, "*.h")
+    shared = {source: cache_folder() / f"{source.stem}-{_digest([], [*headers, source])}.o" for source in sorted(root.glob("*.cpp"))}
+    sources = [("share" if source in shared else "compile", source) for source in _sources(root, "*.cpp")]
+    return ninja_text(target, rules, sources, shared)
 
 
-def ninja_text(target: str, rules: dict[str, str], sources: list[tuple[str, Path]]) -> str:
-    """A ninja file that compiles each source by its rule and links the objects by the rule "link"."""
+def ninja_text(target: str, rules: dict[str, str], sources: list[tuple[str, Path]], shared: Mapping[Path, Path] = {}) -> str:
+    """A ninja file that compiles each source by its rule and links the objects by the rule "link". `shared` says which objects, the
+    same for every instruction set, lie where other builds find them.
+    """
     lines = [f"rule {name}\n  command = {command}\n  description = $desc" for name, command in rules.items()]
     objects = []
     for rule, source in sources:
-        objects.append(f"{source.parent.name}-{source.stem}.o")
-        path = escape(str(source)).replace(" ", "$ ").replace(":", "$:")
-        lines.append(f"build {objects[-1]}: {rule} {path}\n  desc = {source.name}")
+        objects.append(_path(shared[source]) if source in shared else f"{source.parent.name}-{source.stem}.o")
+        if source not in shared or not shared[source].exists():
+            lines.append(f"build {objects[-1]}: {rule} {_path(source)}\n  desc = {source.name}")
     lines.append(f"build {target}: link {' '.join(objects)}\n  desc = {target}")
     return "\n".join(lines) + "\n"
+
+
+def _path(path: Path) -> str:
+    return escape(str(path)).replace(" ", "$ ").replace(":", "$:")
 
 
 def escape(text: str) -> str:

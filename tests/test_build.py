@@ -85,6 +85,26 @@ def test_a_changed_source_or_header_is_another_library(small):
     assert _build.kernels().answer == 43
 
 
+def test_what_holds_no_vectors_is_compiled_once_for_all_instruction_sets(small, monkeypatch, capfd):
+    (small / "cpu").mkdir()
+    (small / "cpu" / "vectors.cpp").write_text("int lanes() { return 1; }\n")
+    order = list(_build.TIERS)
+    tiers = order[: order.index(_build.tier()) + 1]
+    if len(tiers) < 2:
+        pytest.skip("this processor, or SPARSE_ATTENTION_CPU, has the narrowest vectors")
+    compiled = []
+    for tier in tiers[:2]:
+        monkeypatch.setenv("SPARSE_ATTENTION_CPU", tier)
+        _build.library()
+        said = capfd.readouterr().err
+        compiled.append([name for name in ("bindings.cpp", "vectors.cpp") if name in said])
+    assert compiled == [["bindings.cpp", "vectors.cpp"], ["vectors.cpp"]]
+    (small / "cpu" / "vectors.h").write_text("")  # the bindings may include it
+    _build.library()
+    assert "bindings.cpp" in capfd.readouterr().err
+    assert not [path for path in _build.cache_folder().iterdir() if path.suffix not in (".so", ".lock", ".o")]
+
+
 def test_key_depends_on_flags_torch_and_processor(small, monkeypatch):
     keys = {_build.key()}
     with monkeypatch.context() as patch:
