@@ -84,18 +84,13 @@ def seeds_table(run: Run, found: list[Result]) -> str:
 
 def rivals_table(run: Run) -> str:
     """What the scout saw of every way to compute the same, one cold call or a few: how the baselines were chosen."""
-    groups = {}
+    rows = {}
     for record in run.records.values():
-        times = record.scout.get("baselines") or {}
-        absent = record.scout.get("baselines_absent") or {}
+        times, absent = (record.scout.get(name) or {} for name in ("baselines", "baselines_absent"))
         if len(times) + len(absent) > 1:
-            groups.setdefault(record.case.share or record.case.id, (record.case.id, times, absent))
-    names = list(dict.fromkeys(name for _, times, absent in groups.values() for name in (*times, *absent)))
-    lines = [["case", *names], ["--"] + ["--:"] * len(names)]
-    for case, times, absent in groups.values():
-        cells = [table.seconds(times[name]) if name in times else "does not run" if name in absent else "" for name in names]
-        lines.append([case, *cells])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) if groups else ""
+            ways = [f"{name} {table.seconds(times[name])}" for name in sorted(times, key=times.get)] + [f"{name} does not run" for name in absent]
+            rows.setdefault(record.case.share or record.case.id, f"| {record.case.id} | {', '.join(ways)} |")
+    return "\n".join(["| case | rivals |", "|---|---|", *rows.values()]) if rows else ""
 
 
 def gpu_page(run: Run) -> str:
