@@ -39,6 +39,7 @@ def dense(pattern: str, shape: list, causal: bool = True, impl: str = "tile") ->
 
 def flex(pattern: str, shape: list) -> Workload:
     """Against FlexAttention, compiled."""
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # for one kernel a case; else every block starts processes to share the work
     q, k, v = tensors(Shape(*shape))
     chosen = named(pattern, q)
     return _against(chosen, (q, k, v), {"flex": _quiet(baselines.flex(q, k, v, chosen))})
