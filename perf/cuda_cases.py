@@ -57,6 +57,7 @@ for block in (64, 128):
 add("blocks64/64k/layout-again", "filter_making", 100e-6, blocks=1024, heads=32, block=64)
 against_flex("longformer512/16k", "Longformer(512, 4)", [16 * K], 2.0)
 add("csr/16k/of-torch-sparse", "torch_sparse", 5.0, pattern="csr", shape=[16 * K], impl="gather")
+add("logsparse/128k/of-torch-sparse", "torch_sparse", 5.0, tags=("full",), pattern="LogSparse()", shape=[128 * K], impl="gather")
 for name, pattern in (("causal", "Causal()"), ("dense", "Dense()")):
     against_dense(f"{name}/16k", pattern, 16 * K, 0.78, causal=name == "causal")  # 450 TFLOP/s of cuDNN's 575
 for name, pattern, causal in (
