@@ -133,7 +133,7 @@ def test_repeats_are_bit_equal_and_nothing_waits():
     assert all(torch.equal(first, out) for out in outs)
 
 
-KERNELS = {"narrow": 0, "wide": 1, "tall": 2, "warpgroups": 3}
+KERNELS = {"narrow": 0, "wide": 1, "many": 2, "warpgroups": 3}
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

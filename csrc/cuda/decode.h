@@ -28,9 +28,9 @@ struct Decode {
   float scale;         // above 0
 };
 
-// Warp matrix products (compute capability 8.0 and later) on blocks of 16, 64 or 128 rows, and warpgroup products (9.0, head_dim up to 128)
+// Warp matrix products (compute capability 8.0 and later) on blocks of 16 rows, of 64 as quick as can be, of 64 with two blocks at once; and warpgroup products (9.0, head_dim up to 128)
 // on 128. All return a cudaError_t.
-enum class DecodeKernel : int32_t { kNarrow, kWide, kTall, kWarpgroups };
+enum class DecodeKernel : int32_t { kNarrow, kWide, kMany, kWarpgroups };
 
 namespace decoding {
 int run_bf16(const Decode& d, DecodeKernel kernel, void* stream);

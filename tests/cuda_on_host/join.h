@@ -24,7 +24,7 @@ template <typename T>
 void join_all(const Decode& d, int seed) {
   const int rows = d.heads / d.kv_heads * d.q_len;
   std::mt19937 random(seed);
-  for (uint32_t x = 0; x < uint32_t(rows + 3) / 4; ++x)
+  for (uint32_t x = 0; x < uint32_t(rows * d.head_dim / 4 + 127) / 128; ++x)
     for (uint32_t y = 0; y < uint32_t(d.kv_heads); ++y)
       for (uint32_t z = 0; z < uint32_t(d.batch); ++z) {
         blockIdx = {x, y, z};

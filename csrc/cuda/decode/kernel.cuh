@@ -24,16 +24,17 @@ struct Worker {
       : d(d), shared(shared), work(d, length, used, kv_head, batch, first_row, split), lane(threadIdx.x % 32), key_warp(threadIdx.x / 32 / S::kRowWarps),
         my_row(first_row + products.row + lane / 4), scale_log2(d.scale * 1.4426950408889634f) {}
 
-  __device__ __forceinline__ void run() {
+  // alive: whether the node with this thread's number is one.
+  __device__ __forceinline__ void run(bool alive) {
     const int begin = work.span.next(work.span.first);
     int ahead = begin;
 #pragma unroll 1
     for (int stage = 0; stage < S::kStages - 1; ++stage) bring(ahead, stage);
     clear();
-    if (d.ancestors) work.find_holes(shared.alive);
+    if (d.ancestors) work.find_holes(shared.alive, alive);
     int query[2], depth[2];
 #pragma unroll
-    for (int r = 0; r < 2; ++r) query[r] = work.span.query_of(my_row + 8 * r), depth[r] = query[r] < 0 ? 0 : work.span.depth(query[r]);
+    for (int r = 0; r < 2; ++r) query[r] = work.query_of(my_row + 8 * r, shared.alive), depth[r] = query[r] < 0 ? 0 : work.span.depth(query[r]);
     for (int visit = begin, stage = 0; visit < work.span.last; visit = work.span.next(visit + 1)) {
       const int tile = work.span.tile(visit), base = tile * S::kKeys + products.key - work.span.prefix;
       const bool full = work.span.full(tile);
@@ -57,12 +58,13 @@ struct Worker {
     finish(query);
   }
 
-  // One piece of code for both rows: it comes from far away in a first call.
+  // Both rows' words are on their way at once; one piece of code for both, since it comes from far away in a first call.
   __device__ __forceinline__ void look(uint64_t (&seen)[2], const int (&query)[2], const int (&depth)[2], int base) const {
+    const Words words[2] = {work.span.words_of(query[0], base), work.span.words_of(query[1], base)};
 #pragma unroll 1
     for (int r = 0; r < 2; ++r) {
       const int mine = r ? query[1] : query[0];
-      const uint64_t bits = mine < 0 ? 0 : work.span.seen(mine, r ? depth[1] : depth[0], base);
+      const uint64_t bits = mine < 0 ? 0 : work.span.seen(mine, r ? depth[1] : depth[0], base, r ? words[1] : words[0]);
       (r ? seen[1] : seen[0]) = bits;
     }
   }
@@ -172,10 +174,11 @@ __global__ void __launch_bounds__(S::kThreads, S::kThreads <= 128 && S::kDim <= 
   extern __shared__ __align__(128) uint8_t raw[];
   auto& shared = *reinterpret_cast<Shared<S>*>(raw);
   const int kv_head = uint32_t(blockIdx.y) / tiles, tile = tiles - 1 - (blockIdx.y - kv_head * tiles), first_row = tile * S::kRows;
-  const int64_t length = length_of(d, blockIdx.z);  // arrives while queries are asked for
+  const int64_t length = length_of(d, blockIdx.z);  // arrives while queries are asked for, as does the node
+  const bool alive = is_node(d, blockIdx.z, threadIdx.x);
   copy_queries<S>(d, shared.queries(), blockIdx.z, kv_head, first_row);
   const uint32_t used = used_words(d, &shared.used, blockIdx.z, first_row, S::kRows, S::kThreads);
-  Worker<S>(d, shared, length, used, kv_head, blockIdx.z, first_row, blockIdx.x).run();
+  Worker<S>(d, shared, length, used, kv_head, blockIdx.z, first_row, blockIdx.x).run(alive);
 }
 
 }  // namespace sparse_attention::decoding

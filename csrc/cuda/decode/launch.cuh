@@ -39,15 +39,15 @@ cudaError_t launch(const Decode& d, cudaStream_t stream) {
   return cudaLaunchKernelEx(&config, decode<S>, d, tiles);
 }
 
-// float32 wider than 128 has half as many rows: their queries stay in shared memory.
+// Two warps share the keys of 16 rows where their outputs find room. float32 wider than 128 has half as many rows: their queries stay in
+// shared memory.
 template <typename T, int kDim>
 cudaError_t launch(const Decode& d, DecodeKernel kernel, cudaStream_t stream) {
-  constexpr bool kFew = kDim * sizeof(T) > 512;
-  constexpr int kKeyWarps = kDim * sizeof(T) > 256 && !(sizeof(T) == 4 && kDim == 128) ? 2 : 4;
-  if (kernel == DecodeKernel::kNarrow) return launch<Shape<T, kDim, 1, kKeyWarps>>(d, stream);
-  if constexpr (sizeof(T) == 2 && kDim == 128)
-    if (kernel == DecodeKernel::kTall) return launch<Shape<T, kDim, 8, 1, 192 * 1024>>(d, stream);
-  return launch<Shape<T, kDim, kFew ? 2 : 4, 1>>(d, stream);
+  constexpr int kRowBytes = kDim * sizeof(T);
+  if (kernel == DecodeKernel::kNarrow) return launch<Shape<T, kDim, 1, kDim <= 128 ? 4 : 2>>(d, stream);
+  if constexpr (kRowBytes <= 256 && sizeof(T) == 2)
+    if (kernel == DecodeKernel::kMany) return launch<Shape<T, kDim, 4, 1>>(d, stream);
+  return launch<Shape<T, kDim, (kRowBytes > 512 ? 2 : 4), (kRowBytes <= 256 ? 2 : 1)>>(d, stream);
 }
 
 template <typename T>

@@ -36,24 +36,31 @@ struct Merged {
     }
   }
 
-  // To the caller's tensors, or, where `join` merges, to its parts.
-  template <class S>
-  __device__ __forceinline__ void write(const Work<S>& work, int row, int column) const {
-    using T = typename S::T;
-    const Decode& d = work.d;
-    const bool whole = d.splits == d.cluster;
-    const int64_t group = int64_t{work.batch} * d.kv_heads + work.kv_head;
-    const int64_t at = ((whole ? 0 : int64_t{blockIdx.x} * d.batch * d.kv_heads) + group) * work.rows + row;
-    float* lse = whole ? d.lse : d.part_lse;
-    if (column == 0 && lse) lse[at] = end.y == 0 ? -INFINITY : (end.x + __log2f(end.y)) * 0.6931471805599453f;
-    if (column >= d.head_dim) return;
+  __device__ __forceinline__ float lse() const { return end.y == 0 ? -INFINITY : (end.x + __log2f(end.y)) * 0.6931471805599453f; }
+
+  template <typename T>
+  __device__ __forceinline__ void store(T* to) const {
     const float keep = end.y == 0 ? 0 : 1 / end.y;
     const float4 x{value[0] * keep, value[1] * keep, value[2] * keep, value[3] * keep};
-    T* out = row_of<T>(d, d.out, work.batch, work.kv_head, row) + column;
-    if (S::kSingle || !whole) *reinterpret_cast<float4*>(whole ? reinterpret_cast<float*>(out) : d.part_out + at * d.head_dim + column) = x;
-    else *reinterpret_cast<uint2*>(out) = {sm80::pack<T>(x.x, x.y), sm80::pack<T>(x.z, x.w)};
+    if constexpr (sizeof(T) == 4) *reinterpret_cast<float4*>(to) = x;
+    else *reinterpret_cast<uint2*>(to) = {sm80::pack<T>(x.x, x.y), sm80::pack<T>(x.z, x.w)};
   }
 };
+
+// To the caller's tensors, or, where `join` merges, to its parts.
+template <class S>
+__device__ __forceinline__ void write(const Merged& all, const Work<S>& work, int row, int column) {
+  const Decode& d = work.d;
+  const int64_t group = int64_t{work.batch} * d.kv_heads + work.kv_head;
+  if (d.splits == d.cluster) {
+    if (column == 0 && d.lse) d.lse[group * work.rows + row] = all.lse();
+    if (column < d.head_dim) all.store(row_of<typename S::T>(d, d.out, work.batch, work.kv_head, row) + column);
+  } else {
+    const int64_t at = (int64_t{blockIdx.x} * d.batch * d.kv_heads + group) * work.rows + row;
+    if (column == 0) d.part_lse[at] = all.lse();
+    if (column < d.head_dim) all.store(d.part_out + at * d.head_dim + column);
+  }
+}
 
 template <class S>
 __device__ __forceinline__ int real_rows(const Work<S>& work) {
@@ -70,7 +77,7 @@ __device__ __forceinline__ void merge_warps(const Work<S>& work, Shared<S>& shar
     all.template add<S::kKeyWarps>(S::kKeyWarps, [&](int warp) { return shared.ends[warp][row]; },
             [&](int warp) { return *reinterpret_cast<const float4*>(shared.part(warp) + row * S::kPartPitch + column); });
     if (work.d.cluster == 1) {
-      all.write(work, work.first_row + row, column);
+      write(all, work, work.first_row + row, column);
     } else {
       *reinterpret_cast<float4*>(shared.part(0) + row * S::kPartPitch + column) = {all.value[0], all.value[1], all.value[2], all.value[3]};
       if (column == 0) shared.ends[S::kKeyWarps][row] = all.end;
@@ -86,9 +93,9 @@ __device__ __forceinline__ void merge_cluster(const Work<S>& work, Shared<S>& sh
   for (int n = blockIdx.x * S::kThreads + threadIdx.x; n < real_rows(work) * kQuads; n += work.d.cluster * S::kThreads) {
     const int row = n / kQuads, column = n % kQuads * 4;
     Merged all;
-    all.template add<8>(work.d.cluster, [&](int block) { return *of_block(&shared.ends[kEnds][row], block); },
+    all.template add<16>(work.d.cluster, [&](int block) { return *of_block(&shared.ends[kEnds][row], block); },
             [&](int block) { return *of_block(reinterpret_cast<const float4*>(shared.part(0) + row * S::kPartPitch + column), block); });
-    all.write(work, work.first_row + row, column);
+    write(all, work, work.first_row + row, column);
   }
   cluster_part();  // nobody leaves while others read
 }

@@ -8,7 +8,7 @@ namespace sparse_attention::decoding {
 using sm80::copies_commit, sm80::copies_wait, sm80::copy_16, sm80::shared_address;
 
 // kRowWarps warps of 16 rows each, times kKeyWarps that share the keys of a tile.
-template <typename T_, int kDim_, int kRowWarps_, int kKeyWarps_, int kShared = 96 * 1024>
+template <typename T_, int kDim_, int kRowWarps_, int kKeyWarps_>
 struct Shape {
   using T = T_;
   static constexpr int kDim = kDim_, kRowWarps = kRowWarps_, kKeyWarps = kKeyWarps_;
@@ -19,7 +19,7 @@ struct Shape {
   static constexpr int kKeys = kRowBytes <= 256 ? 64 : kRowBytes <= 512 ? 32 : 16, kMine = kKeys / kKeyWarps;  // of a tile; of a warp
   static constexpr bool kHold = kDim <= 128;  // queries stay in registers
   static constexpr int kStage = 2 * kKeys * kPitch, kQueryBytes = kRows * kPitch;
-  static constexpr int kFit = (kShared - (kHold ? 0 : kQueryBytes)) / kStage, kStages = kFit < 2 ? 2 : kFit > 6 ? 6 : kFit;
+  static constexpr int kFit = (96 * 1024 - (kHold ? 0 : kQueryBytes)) / kStage, kStages = kFit < 2 ? 2 : kFit > 6 ? 6 : kFit;
   static constexpr int kCopies = kKeys * kUnits / kThreads;  // of a thread, for the keys of a tile
   static constexpr int kPartPitch = kDim + 8;                // floats of a row's output in shared memory
   static_assert(kKeys * kUnits % kThreads == 0 && kMine % (kSingle ? 8 : 16) == 0);
@@ -121,16 +121,22 @@ struct Work {
     }
   }
 
-  // Which nodes there are, and whether all of them are; by all threads, with a barrier.
-  __device__ __forceinline__ void find_holes(uint32_t* alive) {
+  // Which nodes there are, and whether all of them are; by all threads, with a barrier. mine: whether this thread's first one is.
+  __device__ __forceinline__ void find_holes(uint32_t* alive, bool mine) {
     bool found = false;
     for (int node = threadIdx.x; node < (d.q_len + 31) / 32 * 32; node += S::kThreads) {
-      const bool here = node < d.q_len && span.node_alive(node);
+      const bool here = node < d.q_len && (node == threadIdx.x ? mine : span.node_alive(node));
       const uint32_t bits = __ballot_sync(~0u, here);
       if (node % 32 == 0) alive[node / 32] = bits;
       found |= !here && node < d.q_len;
     }
     holes = __syncthreads_or(found);
+  }
+
+  // The query of a row; -1 for a row past the end, a query before the first key, and a node that is none.
+  __device__ __forceinline__ int query_of(int row, const uint32_t* alive) const {
+    const int query = row - head_of(d, row) * d.q_len;
+    return row < rows && span.prefix + query >= 0 && (!holes || alive[query / 32] >> (query % 32) & 1) ? query : -1;
   }
 
   // Values of nodes that are none become 0, by the threads that copied them: their weight is 0, but they may be NaN.

@@ -6,6 +6,11 @@ namespace sparse_attention {
 
 __device__ __forceinline__ uint64_t low_bits(int count) { return count >= 64 ? ~uint64_t{0} : count <= 0 ? 0 : (uint64_t{1} << count) - 1; }
 
+// Two words of a node's ancestors, one behind the other.
+struct Words {
+  uint64_t first, second;
+};
+
 // A row's head in the group.
 __device__ __forceinline__ int head_of(const Decode& d, int row) {
   const uint32_t head = uint64_t{uint32_t(row)} * d.q_inverse >> 32;  // or one more
@@ -17,6 +22,11 @@ __device__ __forceinline__ int64_t length_of(const Decode& d, int batch) { retur
 // The ancestor words of a request, as is, or null.
 __device__ __forceinline__ const uint64_t* ancestors_of(const Decode& d, int batch) {
   return d.ancestors ? d.ancestors + int64_t{d.ancestor_batch == 1 ? 0 : batch} * d.q_len * d.words : nullptr;
+}
+
+// Whether a row of the ancestor words is a node's; true where there is no tree, or no such row.
+__device__ __forceinline__ bool is_node(const Decode& d, int batch, int node) {
+  return !d.ancestors || node >= d.q_len || ancestors_of(d, batch)[int64_t{node} * d.words + node / 64] >> (node % 64) & 1;
 }
 
 // Which words of 64 new keys some of `rows` rows from first_row on sees, in a tree that is large enough for that to matter; else all. By
@@ -121,20 +131,23 @@ struct Span {
   // Whether a key is a node's that is none.
   __device__ __forceinline__ bool orphan(int key) const { return ancestors && key >= prefix && key < length && !node_alive(key - prefix); }
 
-  // Of the 64 keys from prefix + base on: those that a query of this depth sees.
-  __device__ __forceinline__ uint64_t seen(int query, int depth, int base) const {
+  // The words that hold the 64 new keys from `base` on. query: may be -1
+  __device__ __forceinline__ Words words_of(int query, int base) const {
+    if (!ancestors || query < 0) return {0, 0};
+    const uint64_t* row = ancestors + int64_t{query} * d.words;
+    const int word = max(base, 0) / 64;
+    return {word < d.words ? row[word] : 0, word + 1 < d.words ? row[word + 1] : 0};
+  }
+
+  // Of the 64 keys from prefix + base on: those that a query of this depth and with these words sees.
+  __device__ __forceinline__ uint64_t seen(int query, int depth, int base, Words words) const {
     uint64_t bits;
     if (!ancestors) {
       bits = low_bits(query + 1 - base);
     } else {
-      const uint64_t* row = ancestors + int64_t{query} * d.words;
-      if (base < 0) {
-        bits = base <= -64 ? ~uint64_t{0} : low_bits(-base) | row[0] << -base;
-      } else {
-        const int word = base / 64, shift = base % 64;
-        bits = word < d.words ? row[word] >> shift : 0;
-        if (shift && word + 1 < d.words) bits |= row[word + 1] << (64 - shift);
-      }
+      const int shift = base % 64;
+      if (base < 0) bits = base <= -64 ? ~uint64_t{0} : low_bits(-base) | words.first << -base;
+      else bits = shift ? words.first >> shift | words.second << (64 - shift) : words.first;
       bits &= low_bits(d.q_len - base);
     }
     if (d.window >= 0) {

@@ -50,8 +50,8 @@ __device__ __forceinline__ void copy_cache(const Span<S::kKeys>& span, const Cac
 
 // One piece of code for all words of a tile: it comes from far away in a first call.
 template <int kKeys>
-__device__ __noinline__ uint64_t seen_by(const Span<kKeys>& span, int query, int base) {
-  return span.seen(query, span.depth(query), base);
+__device__ __noinline__ uint64_t seen_by(const Span<kKeys>& span, int query, int base, Words words) {
+  return query < 0 ? 0 : span.seen(query, span.depth(query), base, words);
 }
 
 template <class S, typename T>
@@ -61,29 +61,33 @@ struct Decoder : Attend<S, T, true, Decoder<S, T>> {
 
   const Span<S::kKeys>& span;
   const Decode& d;
-  const int tile;  // of the rows
+  int query[2];    // of this thread's rows, or -1
 
-  __device__ Decoder(const Span<S::kKeys>& span, Shared<S>& shared, float scale_log2, int tile)
-      : Base(shared, scale_log2), span(span), d(span.d), tile(tile) {}
+  __device__ Decoder(const Span<S::kKeys>& span, Shared<S>& shared, float scale_log2) : Base(shared, scale_log2), span(span), d(span.d) {}
 
   // Asked again where needed: registers are for the products.
   __device__ __forceinline__ int batch() const { return blockIdx.z; }
   __device__ __forceinline__ int rows() const { return d.heads / d.kv_heads * d.q_len; }
-  __device__ __forceinline__ int kv_head() const { return blockIdx.y / ((rows() + S::kQueries - 1) / S::kQueries); }
-  __device__ __forceinline__ int row_of(int r) const { return S::kQueries * tile + group * 64 + warp * 16 + lane / 4 + 8 * r; }
+  __device__ __forceinline__ int tiles() const { return (rows() + S::kQueries - 1) / S::kQueries; }
+  __device__ __forceinline__ int kv_head() const { return blockIdx.y / tiles(); }
+  __device__ __forceinline__ int tile() const { return tiles() - 1 - blockIdx.y % tiles(); }
+  __device__ __forceinline__ int row_of(int r) const { return S::kQueries * tile() + group * 64 + warp * 16 + lane / 4 + 8 * r; }
 
-  __device__ __forceinline__ int64_t place(const Strided& x, int at) const {
-    return batch() * x.batch + (int64_t{kv_head()} * (d.heads / d.kv_heads) + at / d.q_len) * x.head + at % d.q_len * x.row;
-  }
-
-  // This warpgroup's queries, as the tensor copy engine would lay them out.
+  // This warpgroup's queries, as the tensor copy engine would lay them out; all asked for before one is waited for.
   __device__ __forceinline__ void copy_queries() {
-    constexpr int kPieces = S::kDim / 8;  // of 16 bytes, a row
-    for (int n = thread; n < 64 * kPieces; n += 128) {
-      const int local = group * 64 + n / kPieces, piece = n % kPieces, at = S::kQueries * tile + local;
-      uint4 value{0, 0, 0, 0};
-      if (at < rows() && 8 * piece < d.head_dim) value = *reinterpret_cast<const uint4*>(static_cast<const T*>(d.q.data) + place(d.q, at) + 8 * piece);
-      *reinterpret_cast<uint4*>(shared.q + piece / 8 * S::kQueryBlock + local * 128 + (piece % 8 ^ local % 8) * 16) = value;
+    constexpr int kPieces = S::kDim / 8, kRows = 128 / kPieces;  // of 16 bytes, a row; at a time
+    const int piece = thread % kPieces;
+    uint4 values[64 / kRows];
+#pragma unroll
+    for (int i = 0; i < 64 / kRows; ++i) {
+      const int at = S::kQueries * tile() + group * 64 + thread / kPieces + i * kRows;
+      const bool real = at < rows() && 8 * piece < d.head_dim;
+      values[i] = real ? *reinterpret_cast<const uint4*>(decoding::row_of<T>(d, d.q, batch(), kv_head(), at) + 8 * piece) : uint4{0, 0, 0, 0};
+    }
+#pragma unroll
+    for (int i = 0; i < 64 / kRows; ++i) {
+      const int local = group * 64 + thread / kPieces + i * kRows;
+      *reinterpret_cast<uint4*>(shared.q + piece / 8 * S::kQueryBlock + local * 128 + (piece % 8 ^ local % 8) * 16) = values[i];
     }
     fence_async();
     named_sync<128>(4 + group);
@@ -93,12 +97,15 @@ struct Decoder : Attend<S, T, true, Decoder<S, T>> {
 
   // Each thread works out what its two rows see of a tile: few tiles hold new keys or the end of a window.
   __device__ __forceinline__ void hide(float (&s)[kScores], int mask) {
+    constexpr int kWords = S::kKeys / 64;
     const int base = (mask & ~kDead) * S::kKeys - span.prefix;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int query = span.query_of(row_of(r));
+      Words words[kWords];
 #pragma unroll
-      for (int w = 0; w < S::kKeys / 64; ++w) this->hide_word(s, r, w, query < 0 ? 0 : seen_by(span, query, base + 64 * w));
+      for (int w = 0; w < kWords; ++w) words[w] = span.words_of(query[r], base + 64 * w);
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) this->hide_word(s, r, w, seen_by(span, query[r], base + 64 * w, words[w]));
     }
   }
 
@@ -112,6 +119,8 @@ struct Decoder : Attend<S, T, true, Decoder<S, T>> {
   __device__ void run() {
     Ring<S::kStages> k_ring, v_ring;
     copy_queries();
+#pragma unroll
+    for (int r = 0; r < 2; ++r) query[r] = span.query_of(row_of(r));
     this->begin();
     if (group == 1) this->your_turn();
     if (span.next(span.first) < span.last) this->attend(k_ring, v_ring);
@@ -123,23 +132,22 @@ struct Decoder : Attend<S, T, true, Decoder<S, T>> {
     for (int r = 0; r < 2; ++r) {
       const int row = row_of(r);
       if (row >= rows()) continue;
-      if (span.query_of(row) < 0) keep[r] = 0, lse[r] = -INFINITY;
+      if (query[r] < 0) keep[r] = 0, lse[r] = -INFINITY;
       d.splits == 1 ? write(r, row, keep[r], lse[r]) : write_part(r, row, keep[r], lse[r]);
     }
   }
 
   __device__ __forceinline__ void write(int r, int row, float keep, float lse) {
     if (lane % 4 == 0 && d.lse) d.lse[(int64_t{batch()} * d.heads + kv_head() * (d.heads / d.kv_heads)) * d.q_len + row] = lse;
-    T* to = static_cast<T*>(d.out.data) + place(d.out, row);
-    each(r, [&](int column, float x, float y) { *reinterpret_cast<uint32_t*>(to + column) = pack<T>(x * keep, y * keep); });
+    T* to = decoding::row_of<T>(d, d.out, batch(), kv_head(), row);
+    each(r, [&](int column, float x, float y) { *reinterpret_cast<uint32_t*>(to + column) = pack<T>(keep == 0 ? 0 : x * keep, keep == 0 ? 0 : y * keep); });
   }
 
   __device__ __forceinline__ void write_part(int r, int row, float keep, float lse) {
     const int64_t at = ((int64_t{blockIdx.x} * d.batch + batch()) * d.kv_heads + kv_head()) * rows() + row;
     if (lane % 4 == 0) d.part_lse[at] = lse;
-    if (lse == -INFINITY) return;  // nobody reads what has no weight
     float* to = d.part_out + at * d.head_dim;
-    each(r, [&](int column, float x, float y) { *reinterpret_cast<float2*>(to + column) = float2{x * keep, y * keep}; });
+    each(r, [&](int column, float x, float y) { *reinterpret_cast<float2*>(to + column) = float2{keep == 0 ? 0 : x * keep, keep == 0 ? 0 : y * keep}; });
   }
 
   // Calls take(column, x, y) for each pair of columns of one of this thread's rows.
@@ -174,7 +182,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) decode(const __grid_constant__
     if (threadIdx.x == 0) copy_cache<S>(span, maps, shared, kv_head, batch);
   } else {
     registers_more<232>();
-    Decoder<S, T> decoder(span, shared, d.scale * 1.4426950408889634f, tile);
+    Decoder<S, T> decoder(span, shared, d.scale * 1.4426950408889634f);
     decoder.run();
   }
 }

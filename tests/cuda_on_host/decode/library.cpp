@@ -24,7 +24,7 @@ void run_all(const Decode& d, int seed) {
           const int kv_head = y / tiles, first_row = (tiles - 1 - y % tiles) * S::kRows;
           copy_queries<S>(d, shared.queries(), z, kv_head, first_row);
           const uint32_t used = used_words(d, &shared.used, z, first_row, S::kRows, S::kThreads);
-          Worker<S>(d, shared, length_of(d, z), used, kv_head, z, first_row, blockIdx.x).run();
+          Worker<S>(d, shared, length_of(d, z), used, kv_head, z, first_row, blockIdx.x).run(is_node(d, z, threadIdx.x));
         };
         host::run_block(S::kThreads, random, body, d.cluster);
       }
@@ -33,10 +33,10 @@ void run_all(const Decode& d, int seed) {
 
 template <typename T, int kDim>
 void run_dim(const Decode& d, int kernel, int seed) {
-  constexpr bool kSingle = sizeof(T) == 4;
-  if (kernel == 0) run_all<Shape<T, kDim, 1, kDim == 256 ? 2 : 4>>(d, seed);
-  else if (kernel == 1) run_all<Shape<T, kDim, kSingle && kDim == 256 ? 2 : 4, 1>>(d, seed);
-  else run_all<Shape<T, kDim, 8, 1, 192 * 1024>>(d, seed);
+  constexpr int kRowBytes = kDim * sizeof(T);
+  if (kernel == 0) run_all<Shape<T, kDim, 1, kDim <= 128 ? 4 : 2>>(d, seed);
+  else if (kernel == 2 && kRowBytes <= 256 && sizeof(T) == 2) run_all<Shape<T, kDim, 4, 1>>(d, seed);
+  else run_all<Shape<T, kDim, (kRowBytes > 512 ? 2 : 4), (kRowBytes <= 256 ? 2 : 1)>>(d, seed);
 }
 
 }  // namespace
@@ -48,7 +48,7 @@ extern "C" __attribute__((visibility("default"))) int decode(void** pointers, co
     if (single) d.head_dim <= 64 ? run_dim<float, 64>(d, kernel, seed) : run_dim<float, 256>(d, kernel, seed);
     else if (d.head_dim <= 64) run_dim<__nv_bfloat16, 64>(d, kernel, seed);
     else if (d.head_dim <= 128) run_dim<__nv_bfloat16, 128>(d, kernel, seed);
-    else kernel == 2 ? void() : run_dim<__nv_bfloat16, 256>(d, kernel, seed);
+    else run_dim<__nv_bfloat16, 256>(d, kernel, seed);
   } catch (const std::runtime_error&) {
     return 1;
   }

@@ -43,7 +43,7 @@ void decode_all(const Decode& d, const CacheMaps& maps, int seed) {
           const Span<S::kKeys> span(d, length_of(d, batch), words, batch, split, S::kQueries * tile, S::kQueries);
           if (threadIdx.x == 0) init_barriers(shared);
           __syncthreads();
-          if (threadIdx.x >= 128) return Decoder<S, __nv_bfloat16>(span, shared, d.scale * 1.4426950408889634f, tile).run();
+          if (threadIdx.x >= 128) return Decoder<S, __nv_bfloat16>(span, shared, d.scale * 1.4426950408889634f).run();
           if (threadIdx.x == 0) copy_cache<S>(span, maps, shared, y / tiles, batch);
         });
       }
