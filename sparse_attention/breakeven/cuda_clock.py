@@ -45,7 +45,7 @@ class CudaClock(Clock):
         self._flush = _memory(2 * self._properties.L2_cache_size) if flush is None else flush
         self._nvml = _nvml(self._properties) if nvml is None else nvml
         self._calls: dict[int, Call] = {}  # keeps them alive, so that no other has the same id
-        self._flushes: dict[int, int] = {}  # before each call
+        self._flushes = 1  # before each call, whichever it is: what went before decides about clocks and caches
         self._queued_s: dict[int, float] = {}  # what each takes when its launch does not count
         self._figures: dict[int, dict[str, float]] = {}
         self._graphs: dict[tuple[int, int], tuple[Any, Events]] = {}
@@ -54,7 +54,7 @@ class CudaClock(Clock):
         self._reading: Reading | None = None
         self._seen: list[Reading] = []
         self._refused: dict[str, int] = collections.Counter()
-        self._late = 0  # calls that the device waited for
+        self._late = [0, 0]  # calls that the device waited for: timed again, and kept at the most flushes
 
     def time(self, call: Call, inner: int) -> float:
         if id(call) not in self._calls:
@@ -70,9 +70,8 @@ class CudaClock(Clock):
             if id(call) not in self._calls:
                 self._calls[id(call)] = call
                 launch_s = self._launch_s(call)
-                self._flushes[id(call)] = 1
                 self._figures[id(call)] = {"eager_s": statistics.median(self._timed(call, 5, False))}
-                self._flushes[id(call)] = self._flushes_for(launch_s)
+                self._flushes = max(self._flushes, self._flushes_for(launch_s))
                 self._queued_s[id(call)] = statistics.median(self._timed(call, 5, False, queued=True))
         names = {id(call) for call in calls}
         short = min(self._queued_s[name] for name in names) < self.graph_below_s
@@ -118,9 +117,9 @@ class CudaClock(Clock):
 
     def as_dict(self) -> dict[str, Any]:
         about: dict[str, Any] = {"not captured": dict(self._refused)} if self._refused else {}
+        about |= {"late calls": dict(zip(("timed again", "kept"), self._late))} if any(self._late) else {}
         if isinstance(self._nvml, str):
             return {"nvml": f"absent: {self._nvml}", **about}
-        about |= {"late calls": self._late} if self._late else {}
         clocks = [reading.sm_mhz for reading in self._seen]
         bits = 0
         for reading in self._seen:
@@ -165,12 +164,15 @@ class CudaClock(Clock):
 
     def _launched(self, call: Call, inner: int, queued: bool) -> Events:
         while True:
-            events, flushes = self._events(inner), self._flushes[id(call)]
-            late = self._enqueue(call, events, flushes)
-            if not (queued and late) or flushes == MOST_FLUSHES:
+            events = self._events(inner)
+            late = self._enqueue(call, events, self._flushes if queued else 1)
+            if not (queued and late):
                 return events
-            self._late += late
-            self._flushes[id(call)] = min(2 * flushes, MOST_FLUSHES)
+            last = self._flushes >= MOST_FLUSHES
+            self._late[last] += late
+            if last:
+                return events
+            self._flushes = min(2 * self._flushes, MOST_FLUSHES)
             self.settle()
 
     def _enqueue(self, call: Call, events: Events, flushes: int) -> int:

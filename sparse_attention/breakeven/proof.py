@@ -29,6 +29,7 @@ KIND, SCHEMA = "proof", 1
 SLOWDOWNS = (0.0, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5)
 BELOW = (0.0, 0.01, 0.02, 0.05)  # floors at the true speedup, and so much below it
 LEAST_BLOCKS = max(map(blocks_needed, POLICIES.values())) + 2
+TWIN = "of the twin"  # an order of alarms: the kernel's twin is judged, with the kernel's own speedup for its floor
 REGRESSION = "regression"  # the gate against a base revision, of 10 blocks
 
 
@@ -51,6 +52,7 @@ class Session:
     case: str
     speedup: dict[float, list[float]]  # over the baseline
     against_plain: dict[float, list[float]]  # over the same kernel as it is, in the same rounds
+    twin: tuple[float, ...] = ()  # speedup over the baseline of the twin that repeats nothing
 
     def slowdown(self, nominal: float) -> tuple[float, float, float]:
         """What repeating that share of the work really cost, with 95 % bounds."""
@@ -105,7 +107,8 @@ def sessions_of(run: Run, injected: Iterable[Injected]) -> list[Session]:
         if common:
             speedup = {slowdown: _logs(record, common) for slowdown, record in {**variants, 0.0: plain}.items()}
             against = {slowdown: _against(plain, record, common) for slowdown, record in variants.items()}
-            found.append(Session(item.plain.id, dict(sorted(speedup.items())), dict(sorted(against.items()))))
+            twin = tuple(_logs(variants[0.0], common)) if 0.0 in variants else ()
+            found.append(Session(item.plain.id, dict(sorted(speedup.items())), dict(sorted(against.items())), twin))
     return found
 
 
@@ -128,6 +131,7 @@ def analyse(
     for gate, policy in POLICIES.items():
         tell(f"drawing gates: {gate}")
         alarms[gate] = {o: {s.case: rate(*2 * (s.speedup[0.0],), policy, runs, rng, o) for s in sessions} for o in ORDERS}
+        alarms[gate][TWIN] = {s.case: rate(s.twin, s.speedup[0.0], policy, runs, rng) for s in sessions if s.twin}
         power[gate] = {s.case: _power(s, policy, runs, rng) for s in sessions if len(s.speedup) > 1}
         apart[gate] = _apart(sessions, lambda s, x: disjoint(s.speedup[x], s.speedup[0.0], policy))
     tell(f"drawing gates: {REGRESSION}")
@@ -172,13 +176,16 @@ def load_sessions(path: str | os.PathLike) -> tuple[list[Session], Mapping[str, 
             data = json.load(f)
         if (data["kind"], data["schema"]) != (KIND, SCHEMA):
             raise ValueError(f"kind and schema are {data['kind']!r} and {data['schema']!r}")
-        sessions = [Session(s["case"], *({float(x): v for x, v in s[k].items()} for k in _BY_SLOWDOWN)) for s in data["sessions"]]
-        return sessions, data["machine"], data["threads"], tuple(data["controls"])
+        return [_session(s) for s in data["sessions"]], data["machine"], data["threads"], tuple(data["controls"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{os.fspath(path)} is not a stored proof: {error!r}") from error
 
 
-_BY_SLOWDOWN = ("speedup", "against_plain")
+def _session(data: Mapping[str, Any]) -> Session:
+    speedup, against = ({float(x): v for x, v in data[key].items()} for key in ("speedup", "against_plain"))
+    # Certificates of before twins were stored hold the ratio alone.
+    twin = data.get("twin") or [a + b for a, b in zip(speedup[0.0], against.get(0.0, ()))]
+    return Session(data["case"], speedup, against, tuple(twin))
 
 
 def _slug(gate: str) -> str:

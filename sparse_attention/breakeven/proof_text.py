@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from .proof import BELOW, REGRESSION, Proof
+from .proof import BELOW, REGRESSION, TWIN, Proof
 from .regression import floor_of
 from .resampling import POLICIES, blocks_needed, mean_rate
 
@@ -57,7 +57,8 @@ def summary(proof: Proof) -> str:
         cases = proof.power.get(gate, {}).values()
         x = min((x for rates in cases for x in rates if x >= 0.05), default=0.05)
         found = [rates[x] for rates in cases if x in rates]
-        lines.append(f"{gate}: false alarms {alarms}; {100 * x:.3g} % slowdowns found: {mean_rate(found) if found else 'not measured'}")
+        twin = mean_rate(list(orders[TWIN].values())) if orders.get(TWIN) else "not measured"
+        lines.append(f"{gate}: false alarms {alarms}, of the twin {twin}; {100 * x:.3g} % slowdowns found: {mean_rate(found) if found else 'not measured'}")
     for gate, orders in proof.suites.items():
         rates = [f"{rates[0.0]} {order}" for order, rates in orders.items()]
         what = f"suites of {CASES_IN_A_SUITE} cases that fail with every floor at its true speedup"
@@ -120,7 +121,8 @@ def _method(proof: Proof) -> str:
         f"Every block is a fresh process. Each rate is of {runs} gates drawn from the blocks above: *shuffled* over the session, "
         "or *in order*, as a real gate's; the floor is the mean speedup of the blocks that the gate does not judge "
         f"({judges}), and is uncertain itself, which adds alarms. *Repeated* gates draw with replacement and have the mean of all "
-        "blocks for their floor. Bounds are the wider of Clopper and Pearson's for that many gates and two standard errors by "
+        "blocks for their floor. *Of the twin*: the same call of another pattern object is judged, with the kernel's own speedup for its "
+        "floor, which shows what its place among the others and in memory does. Bounds are the wider of Clopper and Pearson's for that many gates and two standard errors by "
         f"leaving out a tenth of the session at a time.{bounds} Suites take the cases above in turn."
     )
 
