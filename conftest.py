@@ -23,7 +23,10 @@ def pytest_configure(config):
     from perf import device
 
     if option.breakeven_device is None:
-        option.breakeven_device, why = device.chosen()
+        try:
+            option.breakeven_device, why = device.chosen()
+        except device.Unfit as error:
+            raise pytest.UsageError(f"{error}. --breakeven-device cpu measures the CPU's kernels") from None
         config.stash[_SAID] = f"break-even: measured on {option.breakeven_device} ({why}); --breakeven-device chooses another"
     if option.breakeven_device.startswith("cuda") and option.breakeven_budget is None:
         option.breakeven_budget = device.GPU_BUDGET_S
@@ -35,4 +38,4 @@ def pytest_report_header(config):
 
 def _perf_is_asked_for(config) -> bool:
     asked = [Path(config.invocation_params.dir, word.partition("::")[0]).resolve() for word in config.args]
-    return any(path == _PERF or _PERF in path.parents for path in asked)
+    return any(path == _PERF or _PERF in path.parents or path in _PERF.parents for path in asked)

@@ -117,7 +117,7 @@ class GpuBreakEven(BreakEven):
             if device.chosen()[0] != "cuda":
                 return {}
             cases = chosen(cuda_cases.CASES, os.environ.get("SPARSE_ATTENTION_PERF_CASES", ""))
-        except (ImportError, NothingToCheck):  # a commit without kernels for it; patterns of the other table's cases
+        except (ImportError, device.Unfit, NothingToCheck):  # a commit without kernels for it; patterns of the other table's cases
             return {}
         return measured(cases, "cuda")
 

@@ -26,17 +26,31 @@ def gpu(monkeypatch):
 def test_a_gpu_that_the_kernels_run_on_is_chosen(gpu, monkeypatch):
     assert device.chosen() == ("cuda", "NVIDIA H100 80GB HBM3")
     gpu[0] = (7, 5)
-    where, why = device.chosen()
-    assert where == "cpu" and "compute capability 7.5" in why
+    with pytest.raises(device.Unfit, match="compute capability 7.5"):
+        device.chosen()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert device.chosen()[0] == "cpu"
 
 
+def test_a_gpu_without_kernels_is_no_reason_to_race_the_cpu_in_silence(gpu):
+    gpu[0] = (7, 5)
+    with pytest.raises(pytest.UsageError, match="7.5.*--breakeven-device cpu"):
+        configured("perf", None)
+    assert configured("perf", "cpu")[0].breakeven_device == "cpu"
+
+
 @pytest.mark.parametrize("word, given, chosen, budget_s", [
     ("perf", None, "cuda", 420.0), ("perf/tests/test_break_even.py::test_break_even", None, "cuda", 420.0), ("perf", "cpu", "cpu", None),
-    ("perf", "cuda-graph", "cuda-graph", 420.0), ("tests", None, None, None),
+    ("perf", "cuda-graph", "cuda-graph", 420.0), ("tests", None, None, None), (".", None, "cuda", 420.0),
 ])  # fmt: skip
 def test_pytest_perf_measures_there_unless_it_is_told(gpu, word, given, chosen, budget_s):
+    option, said = configured(word, given)
+    assert (option.breakeven_device, option.breakeven_budget) == (chosen, budget_s)
+    assert ("measured on cuda (NVIDIA H100" in said) if (given, chosen) == (None, "cuda") else said is None
+
+
+def configured(word, given):
+    """The options, and the line above the tests, of `pytest word --breakeven-device given`."""
     root = Path(__file__).parents[1]
     spec = importlib.util.spec_from_file_location("root_conftest", root / "conftest.py")
     conftest = importlib.util.module_from_spec(spec)
@@ -44,6 +58,4 @@ def test_pytest_perf_measures_there_unless_it_is_told(gpu, word, given, chosen, 
     option = SimpleNamespace(breakeven_device=given, breakeven_budget=None)
     config = SimpleNamespace(option=option, args=[word], invocation_params=SimpleNamespace(dir=root), stash={})
     conftest.pytest_configure(config)
-    assert (option.breakeven_device, option.breakeven_budget) == (chosen, budget_s)
-    said = conftest.pytest_report_header(config)
-    assert ("measured on cuda (NVIDIA H100" in said) if (given, chosen) == (None, "cuda") else said is None
+    return option, conftest.pytest_report_header(config)

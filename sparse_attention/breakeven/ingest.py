@@ -106,14 +106,16 @@ def convert(
 ) -> Ingested:
     """The run as asv's results, not yet written; Refused with the reason where it cannot be one.
 
-    Of `tables`, by the class of asv's benchmarks, the one that knows most of its cases is taken for the run's. `commit` stands in where the run names none, or was measured on a changed tree.
+    Of `tables`, by the class of asv's benchmarks, the one that knows most of its cases is taken for the run's, and of equals the
+    one of its device. `commit` stands in where the run names none, or was measured on a changed tree.
     """
     run = source.run
     hash = _commit(run, project, commit)
     if run.settings.get("base"):
         raise Refused(f"it raced revision {run.settings['base'][:10]}, not the baselines that asv tracks")
     if source.crossings is None:
-        kind = max(tables, key=lambda name: len(known(run, tables[name])))
+        on_gpu = run.settings["device"].startswith("cuda")
+        kind = max(tables, key=lambda name: (len(known(run, tables[name])), name.startswith("Gpu") == on_gpu))
         prefix, (tracked, notes) = f"{kind}.track_", of_cases(run, tables[kind])
     else:
         prefix, (tracked, notes) = "Crossings.track_", of_study(run, source.crossings, families)
