@@ -82,7 +82,7 @@ def _gather(plan: Plan, scale: float, device: torch.device) -> Engine:
 
 
 def _decode(plan: Plan, scale: float, device: torch.device) -> Engine:
-    """Its gradients are the tile engine's, whose layout is made when one is asked for; on CUDA there are none."""
+    """Its gradients are the tile engine's, whose layout is made when one is asked for; on CUDA dense."""
     if device.type == "cuda":
         return _cuda_decode(plan, scale, device)
     native, sizes, told = kernels(), plan.sizes, terms(plan.pattern)
@@ -103,10 +103,13 @@ def _cuda_decode(plan: Plan, scale: float, device: torch.device) -> Engine:
     words = None if told.ancestors is None else told.ancestors.to(device)
 
     def forward(q, k, v, scale):
-        k, v = (x if decode_cuda.aligned(x) else x.contiguous() for x in (k, v))
+        k, v = (x if decode_cuda.aligned(x) else x.clone(memory_format=torch.contiguous_format) for x in (k, v))
         return decode_cuda.forward(q, k, v, kv_len, words, told.window, told.sinks, None, scale)
 
-    return Engine(plan, scale, forward, cuda_tile.backward)
+    def backward(dout, dlse, q, k, v, out, lse, scale):
+        return dense.backward(dout, dlse, q, k, v, out, lse, plan.pattern, scale)
+
+    return Engine(plan, scale, forward, backward)
 
 
 def _dense(plan: Plan, scale: float, device: torch.device) -> Engine:

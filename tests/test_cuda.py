@@ -77,6 +77,12 @@ def test_strides_are_read_in_place_or_copied():
     assert_accurate(odd, one, one, sa.Causal(), *sa.attention(odd, one, one, sa.Causal(), impl="tile", return_lse=True))
 
 
+def test_an_address_that_is_no_multiple_of_16_bytes():
+    for q_len, pattern, impl in ((300, sa.SlidingWindow(90), "tile"), (300, sa.SlidingWindow(90), "gather"), (4, sa.Causal(), "auto")):
+        q, k, v = (torch.randn(1 + 2 * n * 64, device="cuda", dtype=torch.bfloat16)[1:].view(1, 2, n, 64) for n in (q_len, 300, 300))
+        assert_accurate(q, k, v, pattern, *sa.attention(q, k, v, pattern, impl=impl, return_lse=True))
+
+
 @pytest.mark.parametrize("scale", (0.3, 0.0, -0.2))
 def test_scale(scale):
     q, k, v = tensors(1, 2, 2, 300, 300, 64)

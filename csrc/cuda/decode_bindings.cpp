@@ -66,7 +66,7 @@ std::tuple<Tensor, Tensor> decode_forward(const Tensor& q_in, const Tensor& k, c
                 " tensor on ", q_in.device(), ", got ", x.scalar_type(), " on ", x.device());
   };
   const c10::cuda::CUDAGuard guard(q_in.device());
-  const Tensor q = readable(q_in) ? q_in : q_in.contiguous();
+  const Tensor q = readable(q_in) ? q_in : q_in.clone(at::MemoryFormat::Contiguous);
   const Tensor out = at::empty(q.sizes(), q.options());
   const Tensor lse = with_lse ? at::empty({q.size(0), q.size(1), q.size(2)}, q.options().dtype(at::kFloat)) : Tensor();
   Decode d{strided(q, "q"), strided(out, "out"), strided(k, "k_cache"), strided(v, "v_cache")};

@@ -32,7 +32,7 @@ Kernel kernel(int64_t tier, at::ScalarType type) {
 Tensor copyable(const Tensor& x) {
   bool good = x.stride(3) == 1 && reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0;
   for (int d = 0; d < 3; ++d) good &= x.size(d) == 1 || (x.stride(d) > 0 && x.stride(d) % 8 == 0);
-  return good ? x : x.contiguous();
+  return good ? x : x.clone(at::MemoryFormat::Contiguous);
 }
 
 Strided strided(const Tensor& x) {
