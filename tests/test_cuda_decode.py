@@ -133,6 +133,16 @@ def test_repeats_are_bit_equal_and_nothing_waits():
     assert all(torch.equal(first, out) for out in outs)
 
 
+def test_gradients_through_attention():
+    gradients = []
+    for impl in ("auto", "reference"):
+        x = [t.requires_grad_() for t in tensors(1, 8, 2, 3, 300, 64)]
+        out = sa.attention(*x, sa.Causal(), impl=impl)
+        gradients.append(torch.autograd.grad(out, x, torch.ones_like(out)))
+    for found, want in zip(*gradients):
+        assert torch.equal(found, want)
+
+
 KERNELS = {"narrow": 0, "wide": 1, "many": 2, "warpgroups": 3}
 
 

@@ -15,15 +15,15 @@ import sparse_attention as sa
 from sparse_attention import cuda_tables
 from sparse_attention.layout import layout
 from sparse_attention.patterns.base import Tile
-from tests.test_cuda_decode_on_host import HERE, host_library
+from tests.test_cuda_decode_on_host import host_library
 from tests.test_cuda_on_host import is_right, tensors
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="fibers are ucontext's, on Linux")
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    return host_library(tmp_path_factory.mktemp("cuda"), HERE / "sm90" / "library.cpp")
+@pytest.fixture
+def library():
+    return host_library("sm90/library.cpp")
 
 
 def arguments(pointers, tensors, sizes):

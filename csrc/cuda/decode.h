@@ -28,10 +28,11 @@ struct Decode {
   float scale;         // above 0
 };
 
-// Warp matrix products (compute capability 8.0 and later) on blocks of 16 rows, of 64 as quick as can be, of 64 with two blocks at once; and warpgroup products (9.0, head_dim up to 128)
-// on 128. All return a cudaError_t.
+// Warp matrix products (compute capability 8.0 and later) on blocks of 16 rows, of 64 with eight warps, and of 64 with four, two blocks at
+// once; warpgroup products (9.0, head_dim up to 128) on 128 rows.
 enum class DecodeKernel : int32_t { kNarrow, kWide, kMany, kWarpgroups };
 
+// All return a cudaError_t.
 namespace decoding {
 int run_bf16(const Decode& d, DecodeKernel kernel, void* stream);
 int run_f16(const Decode& d, DecodeKernel kernel, void* stream);
