@@ -17,7 +17,7 @@ MOST_NODES = 1024
 # Measured on Zen 4 against the tile and gather engines: from 8 times as many keys as queries, packed heads are worth more than what a tile
 # skips. Under a window, where few keys are left, a plan for every length of a growing cache is what the engine saves.
 FEWER, FEW = 8, 16
-MOST_QUERIES = 64  # on CUDA
+MOST_QUERIES, LARGE_TREE = 64, 256  # on CUDA
 
 
 class Terms(NamedTuple):
@@ -67,10 +67,10 @@ def suits(pattern: Pattern, q_len: int, kv_len: int, dtype: torch.dtype) -> str 
 
 
 def suits_cuda(pattern: Pattern, q_len: int, kv_len: int) -> str | None:
-    """The same on a CUDA device, where few queries leave the tile engine without blocks enough to fill it: whole trees with any prefix,
-    and up to 64 queries."""
+    """The same on a CUDA device, where few queries leave the tile engine without blocks enough to fill it: up to 64 queries, and whole
+    trees, but large ones only after a long prefix: alone, 500 nodes took longer than SDPA with a mask on an H200."""
     if isinstance(pattern, Tree):
-        fits = len(pattern.parents) == q_len <= kv_len
+        fits = len(pattern.parents) == q_len <= kv_len and (q_len <= LARGE_TREE or q_len * FEWER <= kv_len)
         return f"a tree of {q_len} nodes at the end of {kv_len:,} keys" if fits and terms(pattern) else None
     if q_len > MOST_QUERIES or q_len * FEWER > kv_len:
         return None

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sparse_attention import Causal, Sinks, SlidingWindow, Tree, attention, explain, plan
+from sparse_attention.decode_pattern import suits_cuda
 from tests.test_decode import check, exact, tensors
 
 
@@ -51,3 +52,12 @@ def test_a_growing_cache_keeps_the_other_engines():
     for length in range(600, 1200):
         attention(q, k[:, :, :length], v[:, :, :length], Causal())
     assert engines._engines == kept and len(engines._decoding) <= engines._MOST_DECODING
+
+
+@pytest.mark.parametrize("pattern, q_len, kv_len, runs", [
+    (Causal(), 1, 4000, True), (Causal(), 64, 512, True), (Causal(), 64, 511, False), (Causal(), 65, 9000, False),
+    (SlidingWindow(9) | Sinks(3), 1, 20, True), (SlidingWindow(9) | Sinks(30), 1, 20, False), (Tree((-1, 0)), 2, 2, True),
+    (Tree((-1, 0)), 1, 9, False), (Tree((-1, *[0] * 299)), 300, 300, False), (Tree((-1, *[0] * 299)), 300, 2400, True),
+], ids=lambda x: str(x)[:40])  # fmt: skip
+def test_which_calls_run_here_on_cuda(pattern, q_len, kv_len, runs):
+    assert bool(suits_cuda(pattern, q_len, kv_len)) == runs

@@ -27,6 +27,7 @@ template <class S>
 cudaError_t launch(const Decode& d, cudaStream_t stream) {
   static std::atomic<uint64_t> allowed{0};
   constexpr int kBytes = sizeof(Shared<S>);
+  static_assert(kBytes <= 99 * 1024, "what a block may have on compute capability 8.6");
   if (const cudaError_t error = allow(decode<S>, kBytes, allowed)) return error;
   const int rows = d.heads / d.kv_heads * d.q_len, tiles = (rows + S::kRows - 1) / S::kRows;
   cudaLaunchConfig_t config{};
