@@ -10,6 +10,7 @@ from sparse_attention import eagle
 from sparse_attention.breakeven import select
 from sparse_attention.breakeven.checking import check_fresh
 
+HEADS = {"dtype": "float32", "heads": 4, "kv_heads": 2, "head_dim": 16}
 SMALL = {
     "build": (eagle_workloads.build, {"nodes": 20, "depth": 3}),
     "build bits": (eagle_workloads.build, {"nodes": 20, "depth": 3, "mask": "bits"}),
@@ -19,8 +20,8 @@ SMALL = {
     "commit": (eagle_workloads.commit, {"layers": 2, "rows": 400, "dtype": "bfloat16"}),
     "step": (eagle_workloads.step, {"vocab": 600, "layers": 2, "rows": 400, "dtype": "float32"}),
     "draft": (eagle_workloads.draft, {"vocab": 700, "dtype": "float32"}),
-    "tree": (decode_workloads.tree, {"nodes": 9, "prefix": 30, "dtype": "float32", "heads": 4, "kv_heads": 2, "head_dim": 16}),
-    "window": (decode_workloads.window, {"batch": 3, "window": 16, "length": 90, "dtype": "float32", "heads": 4, "kv_heads": 2, "head_dim": 16}),
+    "tree": (decode_workloads.tree, {"nodes": 9, "prefix": 30, **HEADS}),
+    "window": (decode_workloads.window, {"batch": 3, "window": 16, "length": 90, **HEADS}),
 }
 
 
@@ -54,7 +55,8 @@ def test_a_wrong_output_is_found(name, monkeypatch):
     with pytest.raises(AssertionError):
         workload.check(wrong)
     if name in ("commit", "step"):  # a cache that is left as it is
-        monkeypatch.setattr(eagle, "commit", lambda caches, lengths, *path, hidden: right if name == "commit" else eagle.Committed(lengths, right[1]))
+        nothing = right if name == "commit" else eagle.Committed(torch.zeros(1).long(), right[1])
+        monkeypatch.setattr(eagle, "commit", lambda *caches_and_path, hidden: nothing)
         with pytest.raises(AssertionError):
             workload.check(right)
 

@@ -126,8 +126,8 @@ def _refuse(
     ends = lengths + accept_length + 1
     found = first((accept_length >= 0) & (lengths >= 0) & (ends > rows))
     if found is not None:
-        count = int(accept_length[found]) + 1
-        raise ValueError(f"{at('lengths', found)} is {int(lengths[found])} and {count} rows are accepted; expected room for them: the cache has {rows}")
+        given = f"{at('lengths', found)} is {int(lengths[found])} and {int(accept_length[found]) + 1} rows are accepted"
+        raise ValueError(f"{given}; expected room for them: the cache has {rows}")
     found = first(index_bad)
     if found is not None:
         nodes = "" if hidden is None else f", a node below {hidden.shape[1]}"
