@@ -318,7 +318,7 @@ def test_throttling_is_told():
     numbers = dict(H100)
     cuda = FakeCuda()
     timer = clock(cuda, nvml=Nvml("1", FakeNvml(numbers)))
-    for mhz, bits, said in [(1980, 0, ""), (1900, 4, ""), (1500, 4, "power cap"), (1980, 0x40, "hardware thermal slowdown")]:
+    for mhz, bits, said in [(1980, 0, ""), (1900, 4, ""), (1500, 4, ""), (1480, 4, "power cap"), (1980, 0x40, "hardware thermal slowdown")]:
         numbers["nvmlDeviceGetClockInfo"] = mhz
         numbers["nvmlDeviceGetCurrentClocksEventReasons"] = bits
         timer.time(lambda: cuda.work("x", 1e-3), 1)

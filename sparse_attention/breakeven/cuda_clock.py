@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .clock import Clock
+from .clock import LEAST_SPEED, Clock
 from .nvml import Absent, Nvml, Reading
 from .peaks import Peak, gpu_peak
 
@@ -91,10 +91,10 @@ class CudaClock(Clock):
         return float(self._reading.sm_mhz) if self._reading else None
 
     def throttled(self) -> str:
-        """A power cap counts only where it took the clock below nine tenths of the fastest seen: heavy work always meets it."""
+        """A power cap counts only where it took the clock below LEAST_SPEED of the fastest seen: heavy work always meets it."""
         if self._reading is None:
             return ""
-        capped = self._reading.power_capped and self._reading.sm_mhz < 0.9 * max(r.sm_mhz for r in self._seen)
+        capped = self._reading.power_capped and self._reading.sm_mhz < LEAST_SPEED * max(r.sm_mhz for r in self._seen)
         return self._reading.hard or ("power cap" if capped else "")
 
     def unfinished(self, call: Call) -> tuple[float, float]:

@@ -13,7 +13,7 @@ import random
 import re
 import statistics as _stdlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .case import Case
@@ -27,6 +27,7 @@ from .verdict import Sequential
 
 KIND, SCHEMA = "proof", 1
 SLOWDOWNS = (0.0, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5)
+MARGIN = 0.01  # floors so much below the true speedup: what tables and code at another place in memory do not reach
 BELOW = (0.0, 0.01, 0.02, 0.05)  # floors at the true speedup, and so much below it
 LEAST_BLOCKS = max(map(blocks_needed, POLICIES.values())) + 2
 TWIN = "of the twin"  # an order of alarms: the kernel's twin is judged, with the kernel's own speedup for its floor
@@ -78,6 +79,7 @@ class Proof:
     disjoint: Mapping[str, Mapping[float, Rate]]  # gate -> slowdown -> gates that share no block, all cases
     suites: Mapping[str, Mapping[str, Mapping[float, Rate]]]  # gate -> order -> floor's distance -> suites of 50 cases that fail
     controls: tuple[Mapping[str, Any], ...] = ()
+    margin: Mapping[str, Mapping[str, Mapping[float, Rate]]] = field(default_factory=dict)  # as power, with floors MARGIN lower; 0: the twin
 
     def as_dict(self) -> dict[str, Any]:
         return {"kind": KIND, "schema": SCHEMA, **asdict(self)}
@@ -128,11 +130,13 @@ def analyse(
     alarms: dict[str, dict[str, dict[str, Rate]]] = {}
     power: dict[str, dict[str, dict[float, Rate]]] = {}
     apart: dict[str, dict[float, Rate]] = {}
+    margin: dict[str, dict[str, dict[float, Rate]]] = {}
     for gate, policy in POLICIES.items():
         tell(f"drawing gates: {gate}")
         alarms[gate] = {o: {s.case: rate(*2 * (s.speedup[0.0],), policy, runs, rng, o) for s in sessions} for o in ORDERS}
         alarms[gate][TWIN] = {s.case: rate(s.twin, s.speedup[0.0], policy, runs, rng) for s in sessions if s.twin}
-        power[gate] = {s.case: _power(s, policy, runs, rng) for s in sessions if len(s.speedup) > 1}
+        power[gate] = {s.case: _power(s, s.speedup, policy, runs, rng) for s in sessions if len(s.speedup) > 1}
+        margin[gate] = {s.case: _power(s, {**s.speedup, 0.0: s.twin}, policy, runs, rng, MARGIN) for s in sessions if s.twin}
         apart[gate] = _apart(sessions, lambda s, x: disjoint(s.speedup[x], s.speedup[0.0], policy))
     tell(f"drawing gates: {REGRESSION}")
     policy, least = POLICIES["10 blocks"], floor_of(machine["class"])
@@ -152,7 +156,7 @@ def analyse(
         gate: {order: {b: suites(pools, policy, count, rng, order, b) for b in BELOW} for order in ("shuffled", "repeated")}
         for gate, policy in POLICIES.items()
     }
-    return Proof(machine, threads, tuple(sessions), alarms, power, apart, many)
+    return Proof(machine, threads, tuple(sessions), alarms, power, apart, many, margin=margin)
 
 
 def save(proof: Proof, folder: str | os.PathLike) -> list[str]:
@@ -192,9 +196,9 @@ def _slug(gate: str) -> str:
     return "-".join(re.findall(r"[\w.]+", gate))
 
 
-def _power(session: Session, policy, runs: int, rng: random.Random) -> dict[float, Rate]:
+def _power(session: Session, judged: Mapping[float, Sequence[float]], policy, runs: int, rng, below: float = 0.0) -> dict[float, Rate]:
     truth = session.speedup[0.0]
-    return {slowdown: rate(logs, truth, policy, runs, rng) for slowdown, logs in session.speedup.items()}
+    return {slowdown: rate(logs, truth, policy, runs, rng, below=below) for slowdown, logs in judged.items()}
 
 
 def _apart(sessions: Sequence[Session], one: Callable[[Session, float], Rate]) -> dict[float, Rate]:

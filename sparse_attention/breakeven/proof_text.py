@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from .proof import BELOW, REGRESSION, TWIN, Proof
+from .proof import BELOW, MARGIN, REGRESSION, TWIN, Proof
 from .regression import floor_of
 from .resampling import POLICIES, blocks_needed, mean_rate
 
@@ -31,6 +31,7 @@ def markdown(proof: Proof) -> str:
     if proof.sessions:
         parts += [_sessions(proof), "**False alarms**, with every floor at the true speedup", _alarms(proof), _suites(proof)]
         parts += ["**Detection**: shares of gates that say FAIL when the kernel repeats part of its tiles", _power(proof)]
+        parts += [f"**The same with floors {100 * MARGIN:g} % below the true speedups**; at 0 % the twin is judged", _margin(proof)]
         parts += [_method(proof)]
     if proof.controls:
         parts += ["**Negative controls**", _controls(proof.controls)]
@@ -107,6 +108,16 @@ def _power(proof: Proof) -> str:
         if shared and cases:
             cells = [f"{shared[x].caught} of {shared[x].runs}" if x in shared else "-" for x in slowdowns]
             rows.append([_rule(gate, proof), "gates that share no block", *cells])
+    return _table(["gate", "case", *(f"{100 * x:.3g} %" for x in slowdowns)], rows)
+
+
+def _margin(proof: Proof) -> str:
+    slowdowns = sorted({x for cases in proof.margin.values() for rates in cases.values() for x in rates})
+    rows = [
+        [_rule(gate, proof), f"`{case}`", *(str(rates[x]) if x in rates else "-" for x in slowdowns)]
+        for gate, cases in proof.margin.items()
+        for case, rates in cases.items()
+    ]
     return _table(["gate", "case", *(f"{100 * x:.3g} %" for x in slowdowns)], rows)
 
 
