@@ -1,6 +1,6 @@
 """The table of the GPU's cases, with what one H100 must reach: `pytest perf` on a machine with a GPU.
 
-bfloat16, batch 1, 16 heads of 128 unless said. Floors are those that the project set itself before it measured. Each case against
+bfloat16, batch 1, 16 heads of 128 unless said. Floors are those that the project set itself before it measured, but for some of EAGLE's. Each case against
 FlexAttention costs seconds of compiling in every block, so a pattern has one where it says most, and the others with `--sizes full`.
 """
 

@@ -42,13 +42,13 @@ for nodes, prefix in ((50, 0), (100, 0), (200, 0), (500, 0), (1000, 0), (64, 204
 # nodes, 64 nodes after 32,768, 4 after 2,048, 2 under a window, one request's verification) the floor is a fifth or so below what was
 # measured: see docs/decode.md and docs/eagle.md.
 ATTENTION = {
-    0: {26: 1.5, 50: 1.5, 100: 1.2, 200: 1.0, 500: 0.7, 1000: 0.55},
+    0: {26: 1.0, 50: 1.0, 100: 1.0, 200: 1.0, 500: 0.6, 1000: 0.55},
     2048: {26: 2.4, 64: 1.8},
     32768: {26: 9.0, 64: 7.0},
 }
 for prefix, floors in ATTENTION.items():
     for nodes, floor in floors.items():
-        name = f"eagle/attention/{nodes}-after-{prefix}"
+        name = f"eagle/attention/{nodes}" + f"-after-{prefix}" * (prefix > 0)
         add(CUDA, name, "tree", nodes=nodes, prefix=prefix, dtype="float16", floor=floor)
 for batch in (1, 16, 64):
     sizes = {"batch": batch, "window": 4096, "length": 131072, "dtype": "float16"}
