@@ -31,7 +31,7 @@ for nodes in (16, 64, 256, 1024, 4096):
 add(CPU, "eagle/verify/128k", "verify", FULL, floor=20.0, vocab=V, dtype="float32")
 add(CPU, "eagle/commit/32-layers", "commit", FULL, layers=32, rows=512, dtype="bfloat16")
 add(CPU, "eagle/draft/32k", "draft", FULL, vocab=32000, dtype="float32")
-add(CPU, "eagle/step", "step", floor=20.0, vocab=V, layers=32, rows=512, dtype="float32")
+add(CPU, "eagle/step", "step", FULL, floor=20.0, vocab=V, layers=32, rows=512, dtype="float32")
 for vocab, floor in ((96, 0.8), (32000, 1.2)):
     add(CPU, f"eagle/generate/{vocab}", "generate", FULL, floor=floor, vocab=vocab)
 for nodes, prefix in ((50, 0), (100, 0), (200, 0), (500, 0), (1000, 0), (64, 2048)):
