@@ -6,9 +6,6 @@
 
 using std::fma;
 
-struct uint2 {
-  uint32_t x, y;
-};
 struct dim3 {
   uint32_t x, y, z;
 };
