@@ -29,7 +29,7 @@ add(CPU, "eagle/build", "build", floor=5.0)
 for nodes in (16, 64, 256, 1024, 4096):
     add(CPU, f"eagle/mask/{nodes}", "mask", () if nodes == 64 else FULL, nodes=nodes, floor=2.0, columns=MASKS)
 add(CPU, "eagle/verify/128k", "verify", FULL, floor=20.0, vocab=V, dtype="float32")
-add(CPU, "eagle/commit/32-layers", "commit", FULL, layers=32, rows=512, dtype="bfloat16")
+add(CPU, "eagle/commit/32-layers", "commit", layers=32, rows=512, dtype="bfloat16")
 add(CPU, "eagle/draft/32k", "draft", FULL, vocab=32000, dtype="float32")
 add(CPU, "eagle/step", "step", FULL, floor=20.0, vocab=V, layers=32, rows=512, dtype="float32")
 for vocab, floor in ((96, 0.8), (32000, 1.2)):
@@ -37,27 +37,21 @@ for vocab, floor in ((96, 0.8), (32000, 1.2)):
 for nodes, prefix in ((50, 0), (100, 0), (200, 0), (500, 0), (1000, 0), (64, 2048)):
     add(CPU, f"eagle/attention/{nodes}-after-{prefix}", "tree", FULL, nodes=nodes, prefix=prefix, dtype="float32")
 
-# One H100 or H200. What the project asked is the floor where it is reached: above 1 for trees alone up to 200 nodes, 9 after 32,768
-# tokens, the limits of build and commit, 75 % of a copy's bandwidth for a batch's verification. Where it is not (trees of 500 and more
-# nodes, 64 nodes after 32,768, 4 after 2,048, 2 under a window, one request's verification) the floor is a fifth or so below what was
-# measured: see docs/decode.md and docs/eagle.md.
-ATTENTION = {
-    0: {26: 1.0, 50: 1.0, 100: 1.0, 200: 1.0, 500: 0.6, 1000: 0.55},
-    2048: {26: 2.4, 64: 1.8},
-    32768: {26: 9.0, 64: 7.0},
-}
-for prefix, floors in ATTENTION.items():
-    for nodes, floor in floors.items():
+# One H100. The floors of the tree's attention, of windows, of build, of commit's time and of verification, 75 % of the bandwidth of a copy,
+# are what the project asked, reached or not: docs/decode.md and docs/eagle.md. The others, of which nothing was asked, are a fifth or so
+# below what was measured.
+for prefix, lengths, floor in ((0, (26, 50, 100, 200, 500, 1000), 1.0), (2048, (26, 64), 4.0), (32768, (26, 64), 9.0)):
+    for nodes in lengths:
         name = f"eagle/attention/{nodes}" + f"-after-{prefix}" * (prefix > 0)
         add(CUDA, name, "tree", nodes=nodes, prefix=prefix, dtype="float16", floor=floor)
 for batch in (1, 16, 64):
     sizes = {"batch": batch, "window": 4096, "length": 131072, "dtype": "float16"}
-    add(CUDA, f"decode/window4096/128k/batch-{batch}", "window", FULL if batch == 64 else (), floor=0.8, **sizes)
+    add(CUDA, f"decode/window4096/128k/batch-{batch}", "window", FULL if batch == 64 else (), floor=2.0, **sizes)
 add(CUDA, "eagle/build/time", "build", mask="bits", limit_s=15e-6)
 add(CUDA, "eagle/build", "build", floor=20.0)
 for nodes in (16, 64, 256, 1024, 4096):
     add(CUDA, f"eagle/mask/{nodes}", "mask", () if nodes in (64, 4096) else FULL, nodes=nodes, floor=4.0)
-add(CUDA, "eagle/verify/128k/of-copy", "verify", FULL, vocab=V, dtype="float16", rival="copy", floor=0.3)
+add(CUDA, "eagle/verify/128k/of-copy", "verify", vocab=V, dtype="float16", rival="copy", floor=0.75)
 add(CUDA, "eagle/verify/128k/of-argmax", "verify", FULL, vocab=V, dtype="float16", rival="argmax", floor=1.5)
 add(CUDA, "eagle/verify/128k/batch-16/of-copy", "verify", vocab=V, dtype="float16", batch=16, rival="copy", floor=0.75)
 add(CUDA, "eagle/verify/128k", "verify", vocab=V, dtype="float16", floor=5.0)

@@ -62,7 +62,7 @@ def test_a_wrong_output_is_found(name, monkeypatch):
 
 
 def test_few_rows_run_by_default_on_the_cpu():
-    assert 2 <= len(select(eagle_cases.CPU)) <= 4 < len(select(eagle_cases.CPU, sizes="full"))
+    assert 3 <= len(select(eagle_cases.CPU)) <= 4 < len(select(eagle_cases.CPU, sizes="full"))
     for table in (eagle_cases.CPU, eagle_cases.CUDA):
         assert {"build", "mask", "verify", "commit", "step", "generate", "tree"} <= {case.build.split(":")[1] for case in table}
 

@@ -11,9 +11,6 @@ from typing import Any
 from .peaks import Peak, cpu_peak
 
 
-LEAST_SPEED = 0.75  # of the fastest that its clock ran in a block
-
-
 class Clock:
     """Made without arguments, in the process that measures. `time`, `settle` and `least_s` make a clock; the rest tells more
     about the device where that is known, and has these defaults in a class that is not derived from this one too.

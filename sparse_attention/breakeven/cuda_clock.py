@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .clock import LEAST_SPEED, Clock
+from .clock import Clock
 from .nvml import Absent, Nvml, Reading
 from .peaks import Peak, gpu_peak
 
@@ -23,8 +23,9 @@ REST, MOST_REST_S = 4.0, 0.02  # after a half under a power cap: so many times a
 
 class CudaClock(Clock):
     """The L2 cache is overwritten before each call and outside its events, as often as keeps the stream busy until the call's
-    launch is queued; a call that the device came to before that is timed again behind more of it. Calls of less than `graph_below_s` are captured, each with its own flush and events as nodes of the
-    graph, and what they take when launched one by one, after a single flush, is kept beside.
+    launch is queued; a call that the device came to before that is timed again behind more of it. Calls of less than
+    `graph_below_s` are captured, each with its own flush and events as nodes of the graph, and what they take when launched one by
+    one, after a single flush, is kept beside.
 
     A device under a power cap rests after each half, so that heavy calls do not slow down the ones that follow them.
     """
@@ -91,10 +92,10 @@ class CudaClock(Clock):
         return float(self._reading.sm_mhz) if self._reading else None
 
     def throttled(self) -> str:
-        """A power cap counts only where it took the clock below LEAST_SPEED of the fastest seen: heavy work always meets it."""
+        """A power cap counts only where it took the clock below nine tenths of the fastest seen: heavy work always meets it."""
         if self._reading is None:
             return ""
-        capped = self._reading.power_capped and self._reading.sm_mhz < LEAST_SPEED * max(r.sm_mhz for r in self._seen)
+        capped = self._reading.power_capped and self._reading.sm_mhz < 0.9 * max(r.sm_mhz for r in self._seen)
         return self._reading.hard or ("power cap" if capped else "")
 
     def unfinished(self, call: Call) -> tuple[float, float]:

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .case import Workload
-from .clock import LEAST_SPEED, Clock
+from .clock import Clock
 from .machine import Usage
 
 LEAST_PAIRS, MOST_PAIRS = 2, 20
+LEAST_SPEED = 0.75  # of the block's fastest clock
 
 
 @dataclass
