@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
-ENGINES = ("sm90", "sm80", "gather", "blocks", "decode", "eagle")
-PLANTED = (("memcheck", "outside"), ("initcheck", "unwritten"))  # each must be found: what finds nothing may have looked at nothing
+ENGINES = ("sm90", "sm80", "gather", "blocks", "blocks80", "decode", "decoders", "eagle")
+# Each must be found: what finds nothing may have looked at nothing.
+PLANTED = (("memcheck", "outside"), ("racecheck", "race"), ("synccheck", "divergent"), ("initcheck", "unwritten"))
 OURS = "sparse_attention"  # the namespace of our kernels
 ROOT = Path(__file__).resolve().parent.parent
 

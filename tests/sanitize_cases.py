@@ -5,15 +5,21 @@ python -m tests.sanitize_cases ENGINE. Inputs are made on the CPU and copied, so
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import os
+import re
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 import sparse_attention as sa
-from sparse_attention import cuda_rows, eagle
+from sparse_attention import _build_cuda, cuda_rows, eagle
+from sparse_attention._build import source_folder
 from sparse_attention.decode import decode
 from sparse_attention.dispatch import Sizes
 from sparse_attention.eagle import tree_mask
@@ -25,6 +31,8 @@ from tests.eagle_upstream import draft_candidates
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU the cases run its engines, to try the cases themselves
 HALVES = (torch.bfloat16, torch.float16)
 TREE = (-1, 0, 0, 1, 1, 2, 4, 4, 7)
+LARGE_TREE = [-1, *((n - 1) // 3 for n in range(1, 300))]
+FAULTS = Path(__file__).with_name("sanitize_faults.cu")
 
 
 def drawn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
@@ -39,8 +47,8 @@ def there(x):
     return x.to(DEVICE) if isinstance(x, torch.Tensor) else x
 
 
-def close(ours: torch.Tensor, theirs: torch.Tensor, dtype: torch.dtype) -> None:
-    tolerance = 16 * torch.finfo(dtype).eps
+def close(ours: torch.Tensor, theirs: torch.Tensor, dtype: torch.dtype, ulps: int = 16) -> None:
+    tolerance = ulps * torch.finfo(dtype).eps
     torch.testing.assert_close(ours.cpu().double(), theirs.double(), rtol=tolerance, atol=tolerance)
 
 
@@ -49,11 +57,17 @@ def same(ours, theirs) -> None:
         assert (a is None) == (b is None) and (a is None or torch.equal(a.cpu(), b.cpu()))
 
 
-def attend(impl: str, pattern: sa.Pattern, q_len: int, kv_len: int, head_dim: int = 128, dtype=torch.bfloat16, heads: int = 2, kv_heads: int = 1) -> None:
-    q = drawn(1, heads, q_len, head_dim, dtype=dtype)
-    k, v = (drawn(1, kv_heads, kv_len, head_dim, dtype=dtype, seed=seed) for seed in (1, 2))
+def attend(
+    impl: str, pattern: sa.Pattern, q_len: int, kv_len: int, head_dim: int = 128, dtype=torch.bfloat16, heads: int = 2, kv_heads: int = 1,
+    batch: int = 1, times: int = 1,
+) -> None:  # fmt: skip
+    q = drawn(batch, heads, q_len, head_dim, dtype=dtype)
+    k, v = (drawn(batch, kv_heads, kv_len, head_dim, dtype=dtype, seed=seed) for seed in (1, 2))
     on_device = sa.LiveBlocks(there(pattern.block_mask), pattern.block) if isinstance(pattern, sa.LiveBlocks) else pattern
-    out, lse = sa.attention(*there((q, k, v)), on_device, impl=impl, return_lse=True)
+    given = there((q, k, v))
+    out, lse = sa.attention(*given, on_device, impl=impl, return_lse=True)
+    for _ in range(times - 1):
+        assert torch.equal(sa.attention(*given, on_device, impl=impl).cpu(), out.cpu())
     right, right_lse = sa.attention(*(x.double() for x in (q, k, v)), pattern, impl="reference", return_lse=True)
     close(out, right, dtype)
     close(lse, right_lse, torch.float32 if dtype == torch.float64 else dtype)
@@ -87,6 +101,10 @@ def blocks() -> None:
     attend("tile", sa.LiveBlocks(random_blocks(3, 3), 128), 300, 300, 64, torch.float16)
     attend("tile", sa.BlockSparse(random_blocks(40, 40), 64) & sa.Causal(), 2560, 2560, 64)
     attend("tile", sa.BlockSparse(random_blocks(9, 9), 32), 270, 270)
+    # More items than an H100 holds blocks, 132 of sm90 and 264 of sm80: the others are taken by a counter, which every call clears.
+    attend("tile", sa.LiveBlocks(random_blocks(63, 3), 64), 4000, 190, heads=4, batch=4, times=2)
+    attend("tile", sa.BlockSparse(random_blocks(4, 32, 2), 128), 4000, 190, dtype=torch.float16, heads=4, kv_heads=2, batch=4, times=2)
+    attend("tile", sa.BigBird(64, 1, 1, 1), 512, 512, 64, heads=6, batch=6, times=2)
 
 
 def gather() -> None:
@@ -118,6 +136,48 @@ def decoding() -> None:
     one = drawn(1, 4, 1, 128, dtype=torch.bfloat16), *(drawn(1, 1, 3000, 128, dtype=torch.bfloat16, seed=seed) for seed in (1, 2))
     ours = decode(*there(one), there(torch.tensor([3000])), impl="native")
     close(ours, decode(*(x.double() for x in one), 3000, impl="reference"), torch.bfloat16)
+
+
+def decode_kernels() -> list[str]:
+    """The kernels of decode by name, in the order of their numbers."""
+    listed = re.search(r"enum class DecodeKernel : int32_t {([^}]*)}", (source_folder() / "cuda/decode.h").read_text())
+    return [name.strip() for name in listed[1].split(",")]
+
+
+def decoders() -> None:
+    """Each kernel of decode, whichever it would take by itself: blocks alone, as a cluster, and joined by a second launch."""
+    ancestors = tree_mask(torch.tensor([LARGE_TREE]), "bits")
+    lengths = torch.tensor([700, 310])
+    table = torch.randperm(90, generator=torch.Generator().manual_seed(0))[:88].int().view(2, 44)
+    single = [(head_dim, torch.float32) for head_dim in (64, 128, 256)]
+    for head_dim, dtype in [(128, torch.bfloat16), (64, torch.float16), (192, torch.bfloat16), *single]:
+        q = drawn(2, 4, 300, head_dim, dtype=dtype)
+        k, v = (drawn(2, 2, 704, head_dim, dtype=dtype, seed=seed) for seed in (1, 2))
+        pages = [drawn(90, 2, 16, head_dim, dtype=dtype, seed=seed) for seed in (3, 4)]
+        decode_each(q, k, v, lengths, (1, 4, 20), ancestors=ancestors)
+        decode_each(q[:, :, :26], *pages, lengths, (1, 2, 20), block_table=table)
+        decode_each(q[:, :, :26], k, v, lengths, (1, 2), window=100, sinks=3)
+    q = drawn(1, 4, 26, 128, dtype=torch.bfloat16)
+    k, v = (drawn(1, 1, 9000, 128, dtype=torch.bfloat16, seed=seed) for seed in (1, 2))
+    decode_each(q, k, v, torch.tensor([8999]), (0, 8, 40))
+
+
+def decode_each(q, k, v, lengths, splits, ancestors=None, window=None, sinks=0, block_table=None) -> None:
+    """Every kernel that takes these, with every number of splits; 0: as the plan has it. On a CPU, its engine."""
+    given = {"ancestors": ancestors, "window": window, "sinks": sinks, "block_table": block_table}
+    right, right_lse = decode(*(x.double() for x in (q, k, v)), lengths, **given, return_lse=True, impl="reference")
+    moved = there((q, k, v, lengths))
+    given = {name: there(x) for name, x in given.items()}
+    outs = [decode(*moved, **given, return_lse=True, impl="native")]
+    if DEVICE == "cuda":
+        native = _build_cuda.kernels(torch.cuda.get_device_capability())
+        terms = given["ancestors"], -1 if window is None else window, sinks, given["block_table"], q.shape[3] ** -0.5, True
+        numbers = [n for n, name in enumerate(decode_kernels()) if name != "kWarpgroups" or (q.dtype in HALVES and q.shape[3] <= 128)]
+        outs += [native.decode_forward(*moved, 0, *terms, number, count) for number in numbers for count in splits]
+    ulps = 256 if q.dtype == torch.float32 else 16  # its products are three of TF32
+    for out, lse in outs:
+        close(out, right, q.dtype, ulps)
+        close(lse, right_lse, q.dtype, ulps)
 
 
 def eagles() -> None:
@@ -166,19 +226,38 @@ def unwritten() -> None:
     sa.attention(q, k, k, sa.Causal(), impl="gather")
 
 
+def faults(capability: tuple[int, int], target: Path) -> ctypes.CDLL:
+    """The kernels of sanitize_faults.cu, compiled."""
+    subprocess.run([*_build_cuda.compile_command(capability), "-shared", str(FAULTS), "-o", str(target)], check=True)
+    return ctypes.CDLL(str(target))
+
+
+def fault(name: str) -> None:
+    """Runs one of them: racecheck must find `race`, synccheck `divergent`."""
+    out = there(torch.zeros(64, dtype=torch.int32))
+    with tempfile.TemporaryDirectory() as folder:
+        run = getattr(faults(torch.cuda.get_device_capability(), Path(folder) / "faults.so"), name)
+        assert run(ctypes.c_void_p(out.data_ptr())) == 0
+
+
 ENGINES: dict[str, Callable[[], None]] = {
     "sm90": tile,
     "sm80": tile,
     "gather": gather,
     "blocks": blocks,
+    "blocks80": blocks,
     "decode": decoding,
+    "decoders": decoders,
     "eagle": eagles,
     "outside": outside,
     "unwritten": unwritten,
+    "race": lambda: fault("race"),
+    "divergent": lambda: fault("divergent"),
 }
+TIERS = {"sm90": "sm90", "sm80": "sm80", "blocks80": "sm80"}
 
 
 if __name__ == "__main__":
-    if sys.argv[1] in ("sm90", "sm80"):
-        os.environ["SPARSE_ATTENTION_CUDA"] = sys.argv[1]
+    if sys.argv[1] in TIERS:
+        os.environ["SPARSE_ATTENTION_CUDA"] = TIERS[sys.argv[1]]
     ENGINES[sys.argv[1]]()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from sparse_attention._build import BuildError
 from tests import sanitize, sanitize_cases
 
 KERNEL = "void sparse_attention::sm90::forward<sparse_attention::sm90::Shape<(int)64, (int)64, (int)4>, __half>(sparse_attention::sm90::Maps)"
@@ -68,6 +70,24 @@ def test_a_planted_fault_must_be_found():
     assert [line.split() for line in table.splitlines()] == [["sm90", "outside"], ["memcheck", "0", "found"], ["racecheck", "1"]]
 
 
-@pytest.mark.parametrize("engine", ["sm90", "gather", "blocks", "decode", "eagle"])
+def test_every_tool_has_a_planted_fault():
+    assert [tool for tool, _ in sanitize.PLANTED] == list(sanitize.TOOLS)
+    assert set(sanitize_cases.ENGINES) == {*sanitize.ENGINES, *(case for _, case in sanitize.PLANTED)}
+
+
+def test_the_planted_kernels_compile(tmp_path):
+    try:
+        library = sanitize_cases.faults((9, 0), tmp_path / "faults.so")
+    except BuildError as error:
+        pytest.skip(str(error))
+    if not torch.cuda.is_available():
+        assert library.race(None) and library.divergent(None), "without a device both say an error"
+
+
+def test_the_kernels_of_decode_are_found_by_name():
+    assert sanitize_cases.decode_kernels()[0] == "kNarrow" and "kWarpgroups" in sanitize_cases.decode_kernels()
+
+
+@pytest.mark.parametrize("engine", ["sm90", "gather", "blocks", "decode", "decoders", "eagle"])
 def test_the_cases_hold(engine):
     sanitize_cases.ENGINES[engine]()

@@ -1,0 +1,39 @@
+// Faults for tests/sanitize.py: racecheck must find the one, synccheck the other. In the namespace that the tools are told to follow.
+namespace sparse_attention::planted {
+namespace {
+
+// Warps read what others have written, without a barrier in between.
+__global__ void race(int* out) {
+  __shared__ int word[64];
+  word[threadIdx.x] = out[threadIdx.x];
+  out[threadIdx.x] = word[63 - threadIdx.x];
+}
+
+// Half of the last warp passes by a barrier for all.
+__global__ void divergent(int* out) {
+  __shared__ int word[64];
+  word[threadIdx.x] = out[threadIdx.x];
+  if (threadIdx.x < 48) {
+    __syncthreads();
+    out[threadIdx.x] = word[47 - threadIdx.x];
+  }
+}
+
+int finished() {
+  const cudaError_t launched = cudaGetLastError(), done = cudaDeviceSynchronize();
+  return launched ? launched : done;
+}
+
+}  // namespace
+}  // namespace sparse_attention::planted
+
+// out: 64 words of device memory. Both return a cudaError_t.
+extern "C" __attribute__((visibility("default"))) int race(int* out) {
+  sparse_attention::planted::race<<<1, 64>>>(out);
+  return sparse_attention::planted::finished();
+}
+
+extern "C" __attribute__((visibility("default"))) int divergent(int* out) {
+  sparse_attention::planted::divergent<<<1, 64>>>(out);
+  return sparse_attention::planted::finished();
+}
