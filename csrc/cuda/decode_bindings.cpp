@@ -8,7 +8,7 @@
 #include <tuple>
 
 #include "bindings.h"
-#include "decode/plan.h"
+#include "decode/limits.h"
 #include "decode_bindings.h"
 
 namespace sparse_attention::bindings {
@@ -103,6 +103,10 @@ std::tuple<Tensor, Tensor> decode_forward(const Tensor& q_in, const Tensor& k, c
   d.q_inverse = ((uint64_t{1} << 32) + d.q_len - 1) / d.q_len;
   const DecodeDevice device = device_of();
   const auto kernel = kernel_wanted < 0 ? choose_kernel(d, q.element_size(), device) : static_cast<DecodeKernel>(kernel_wanted);
+  TORCH_CHECK_VALUE(d.batch <= kMostBlocks, "q has shape ", q.sizes(), ", a batch of ", d.batch, "; expected at most ", kMostBlocks, " on CUDA");
+  const int64_t blocks = row_blocks(d, kernel, q.element_size());
+  TORCH_CHECK_VALUE(blocks <= kMostBlocks, "q has shape ", q.sizes(), " over ", d.kv_heads, " heads of keys, ", blocks,
+                    " tiles of queries for each request; expected at most ", kMostBlocks, " on CUDA");
   split_keys(d, kernel, q.element_size(), device);
   if (splits_wanted > 0) {
     d.cluster = device.clusters && kernel != DecodeKernel::kWarpgroups && splits_wanted <= kMostCluster ? splits_wanted : 1;

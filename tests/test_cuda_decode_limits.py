@@ -1,0 +1,75 @@
+"""Decoding calls of more blocks than a grid holds are refused by name, on every way to the kernels; attention takes another engine."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+
+import pytest
+import torch
+
+import sparse_attention as sa
+from sparse_attention import decode_cuda, dispatch
+from sparse_attention._build import compiler, source_folder
+from sparse_attention.decode import decode
+from sparse_attention.dispatch import Sizes
+
+SOURCE = """
+#include "decode/limits.h"
+using namespace sparse_attention;
+extern "C" int64_t most() { return kMostBlocks; }
+extern "C" int64_t row_blocks(int heads, int kv_heads, int q_len, int head_dim, int kernel, int itemsize) {
+  Decode d{};
+  d.batch = 1, d.heads = heads, d.kv_heads = kv_heads, d.q_len = q_len, d.head_dim = head_dim;
+  return row_blocks(d, static_cast<DecodeKernel>(kernel), itemsize);
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def limits(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("limits")
+    (folder / "limits.cpp").write_text(SOURCE)
+    target = str(folder / "limits.so")
+    command = [*compiler(), "-std=c++20", "-shared", "-fPIC", f"-I{source_folder() / 'cuda'}", str(folder / "limits.cpp"), "-o", target]
+    subprocess.run(command, check=True)
+    library = ctypes.CDLL(target)
+    library.row_blocks.restype = library.most.restype = ctypes.c_int64
+    return library
+
+
+def test_the_blocks_of_a_call(limits):
+    assert limits.most() == decode_cuda.MOST_BLOCKS
+    for kernel, rows in ((0, 16), (1, 64), (2, 64), (3, 128)):
+        assert limits.row_blocks(32, 8, 4 * rows, 128, kernel, 2) == 8 * 16
+        assert limits.row_blocks(32, 8, 4 * rows + 1, 64, kernel, 2) == 8 * 17
+    assert limits.row_blocks(1, 1, 64, 256, 1, 4) == 2
+    assert limits.row_blocks(2, 2, 1 << 30, 64, 2, 2) == 1 << 25, "more than 32 bits of rows"
+
+
+def test_attention_leaves_such_calls_to_other_engines(monkeypatch):
+    monkeypatch.setattr(decode_cuda, "device_obstacle", lambda capability: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+
+    def decodes(batch, heads, q_len=1):
+        return dispatch._decoding(sa.Causal(), Sizes(batch, heads, heads, q_len, 4096, 64, torch.bfloat16, "cuda")) is not None
+
+    assert decodes(65535, 8) and not decodes(65536, 8)
+    assert decodes(1, 8, 64) and not decodes(1, 65535, 64)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_they_are_refused():
+    def tensors(batch, heads, q_len):
+        q = torch.zeros(batch, heads, q_len, 8, device="cuda", dtype=torch.bfloat16)
+        return q, q[:, :1, :1], q[:, :1, :1]
+
+    for given in ({}, {"impl": "native"}, {"lengths": torch.ones(65536, dtype=torch.int64, device="cuda")}):
+        with pytest.raises(ValueError, match=r"q has shape \[65536, 1, 1, 8\], a batch of 65536; expected at most 65535"):
+            decode(*tensors(65536, 1, 1), **{"lengths": 1, **given})
+    decode(*tensors(65535, 1, 1), 1)
+    decode(*tensors(1, 1, 1), 1)  # the module is there, so the next call takes the short way
+    for given in ({}, {"impl": "native"}):
+        with pytest.raises(ValueError, match=r"q has shape \[1, 8, 1100000, 8\] over 1 heads of keys, .* tiles .* expected at most 65535"):
+            decode(*tensors(1, 8, 1_100_000), 1, **given)
