@@ -3,6 +3,7 @@
 import copy
 import functools
 import inspect
+import pickle
 from itertools import product
 
 import pytest
@@ -128,6 +129,38 @@ def test_ids_known_to_the_host():
     assert ids[0, 2:].tolist() == [9, 1, 2, 3] and ids[0, 3::2].tolist() == [1, 3] and ids[:, 3:].tolist() == [[1, 2, 3]]
     assert ids[0, 4:5].tolist() == [20] and ids[0].tolist() == [7, 8, 9, 1, 2, 3] and int(ids[0, 4]) == 2
     assert type(torch.cat([ids, ids], 1)) is torch.Tensor is type(ids + 1)
+
+
+@pytest.mark.parametrize("change", [
+    lambda ids: ids[0, 4:].fill_(9), lambda ids: ids.add_(1), lambda ids: ids.copy_(ids.flip(1)), lambda ids: ids[:, 3:5].zero_(),
+    lambda ids: ids.__setitem__((0, 4), 9), lambda ids: ids.as_subclass(torch.Tensor).mul_(2),
+])  # fmt: skip
+def test_the_host_forgets_ids_that_were_changed_in_place(change):
+    ids = host_known.extended(torch.tensor([[7, 8, 9]]), torch.tensor([[1, 2]]), [1, 2])
+    tail = ids[0, 3:]
+    assert ids.current and tail.current
+    change(ids)
+    plain = ids.as_subclass(torch.Tensor)
+    assert ids[0, 3:].tolist() == tail.tolist() == plain[0, 3:].tolist() != [1, 2]
+    longer = host_known.extended(ids, torch.tensor([[3]]), [3])
+    assert longer.host == [3] and longer[0, 3:].tolist() == [*plain[0, 3:].tolist(), 3] and longer[0, 5:].tolist() == [3]
+
+
+def test_ids_made_under_inference_mode_are_read():
+    with torch.inference_mode():
+        ids = host_known.extended(torch.tensor([[7, 8, 9]]), torch.tensor([[1, 2]]), [1, 2])
+        ids[0, 4] = 5
+        assert ids[0, 3:].tolist() == [1, 5]
+
+
+def test_copies_of_ids_are_plain():
+    ids = host_known.extended(torch.tensor([[7, 8, 9]]), torch.tensor([[1, 2]]), [1, 2])
+    both = copy.deepcopy([ids, ids])
+    assert both[0] is both[1] and both[0] is not ids
+    for other in (both[0], copy.copy(ids), pickle.loads(pickle.dumps(ids))):
+        assert type(other) is torch.Tensor and torch.equal(other, ids)
+    both[0][0, 4] = 5
+    assert ids[0, 3:].tolist() == [1, 2] and both[0][0, 3:].tolist() == [1, 5]
 
 
 @pytest.mark.cuda
