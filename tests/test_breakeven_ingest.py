@@ -1,6 +1,6 @@
 """Stored runs as asv results: what asv reads from them, what is refused, and that nothing is half written."""
 
-import importlib
+import importlib.util
 import json
 import math
 import subprocess
@@ -404,6 +404,19 @@ def test_asv_run_and_ingest_agree(monkeypatch):
         assert math.isnan(suite.track_warm_time_ratio(cache, name))
     with pytest.raises(NotImplementedError):
         suite.setup(cache, "window256/16k")
+
+
+def test_the_gpus_table_is_empty_without_kernels_and_fails_with_broken_ones(monkeypatch):
+    bench = importlib.import_module("perf.bench_break_even")
+
+    def chosen():
+        raise ImportError("libcudart.so.13: cannot open shared object file")
+
+    monkeypatch.setattr(bench.device, "chosen", chosen)
+    with pytest.raises(ImportError, match="libcudart"):
+        bench.GpuBreakEven().setup_cache()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "sparse_attention._build_cuda" else object())
+    assert bench.GpuBreakEven().setup_cache() == {}
 
 
 def test_a_study_is_made_only_when_asked_for(monkeypatch):
