@@ -1,8 +1,11 @@
-"""Builders of the decode cases: a tree's nodes, or one token, over a cache, against SDPA with the mask that says the same."""
+"""Builders of the decode cases: a tree's nodes, or one token, over a cache, against SDPA with the mask that says the same, or Flex."""
 
 from __future__ import annotations
 
 import functools
+import os
+import weakref
+from dataclasses import dataclass
 
 import torch
 
@@ -12,6 +15,7 @@ from sparse_attention import baselines, decode, eagle
 from sparse_attention.breakeven import Workload
 from sparse_attention.breakeven.device import current_device
 from sparse_attention.decode_reference import decode_reference, visible
+from sparse_attention.patterns import SlidingWindow
 
 FIRST_SEED = 2**31 - 1  # none that changes the tensors; a CPU's generator takes 32 bits
 
@@ -43,30 +47,55 @@ def tree(nodes: int, prefix: int, dtype: str, heads: int = 32, kv_heads: int = 8
     )
 
 
-def window(batch: int, window: int, length: int, dtype: str, heads: int = 32, kv_heads: int = 8, head_dim: int = 128) -> Workload:
-    """One token of each request against the last `window` of `length` keys; the rival reads a slice of the cache. The rest is NaN."""
+def window(
+    batch: int, window: int, length: int, dtype: str, rival: str = "sdpa", heads: int = 32, kv_heads: int = 8, head_dim: int = 128
+) -> Workload:
+    """One token of each request against the last `window` of `length` keys, the rest of which is NaN. rival: "sdpa" over a slice of the
+    cache, or "flex": FlexAttention, compiled, over the whole of it, with a block mask made beforehand. That one reads whole blocks.
+    """
+    if rival == "flex" and (length - window) % baselines.FLEX_BLOCK:
+        raise ValueError(f"window is {window} of {length}; expected one that begins with a block of {baselines.FLEX_BLOCK} keys")
     device = _device()
     kind = getattr(torch, dtype)
-    k_all, v_all = (x[:batch] for x in _caches(batch, kv_heads, length, head_dim, kind, device))
-    k, v = (x[:, :, length - window :] for x in (k_all, v_all))
+    caches = _caches(batch, kv_heads, length, head_dim, kind, device)
+    k, v = (x[:, :, length - window :] for x in (caches.k, caches.v))
     q = torch.empty(batch, heads, 1, head_dim, dtype=kind, device=device)
     refresh = functools.partial(_draw, (q, k, v))
     refresh(FIRST_SEED)
     lengths = torch.full((batch,), length, device=device)
     some = slice(0, 2)  # requests that are checked
-    ways = baselines.dense(q, k, v, causal=False)
+    if rival == "flex":
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # as in cuda_workloads.flex
+        ways = {"flex": baselines.flex(q, caches.k, caches.v, SlidingWindow(window))}
+    else:
+        ways = {name: _no_grad(call) for name, call in baselines.dense(q, k, v, causal=False).items() if name != baselines.COMPILED}
     return Workload(
-        candidate=_no_grad(lambda: decode(q, k_all, v_all, lengths, window=window)),
-        baselines={name: _no_grad(call) for name, call in ways.items() if name != baselines.COMPILED},
+        candidate=_no_grad(lambda: decode(q, caches.k, caches.v, lengths, window=window)),
+        baselines=ways,
         check=lambda out: _check(out[some], q[some], k[some], v[some], torch.full_like(lengths[some], window), None),
         inputs=(q, k, v),
         refresh=refresh,
     )
 
 
-@functools.cache
-def _caches(batch: int, kv_heads: int, length: int, head_dim: int, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, ...]:
-    return tuple(torch.full((batch, kv_heads, length, head_dim), torch.nan, dtype=dtype, device=device) for _ in range(2))
+@dataclass(eq=False)
+class Caches:
+    """Keys and values [batch, kv_heads, length, head_dim], NaN at first."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+
+
+_caches_in_use: weakref.WeakValueDictionary[tuple, Caches] = weakref.WeakValueDictionary()
+
+
+def _caches(*sizes) -> Caches:
+    """The caches of (batch, kv_heads, length, head_dim, dtype, device), which the workloads that are alive share: batch 64 has 34 GB."""
+    found = _caches_in_use.get(sizes)
+    if found is None:
+        *shape, dtype, device = sizes
+        found = _caches_in_use[sizes] = Caches(*(torch.full(shape, torch.nan, dtype=dtype, device=device) for _ in range(2)))
+    return found
 
 
 def _check(out, q, k, v, lengths, words) -> None:

@@ -49,7 +49,8 @@ class Tree(NamedTuple):
 
 
 def build(nodes: int = 60, depth: int = 7, mask: str = "float") -> Workload:
-    """build_tree against EAGLE's sort, search, mask and rows; with a time limit nothing is raced, and `out` is given."""
+    """build_tree against EAGLE's sort, search, mask and rows; with a time limit nothing is raced, and `out` is given. mask: "float", which is
+    EAGLE's, or "bits"."""
     device = _device()
     tree = Tree.drawn(nodes, depth, device)
     out = eagle.empty_tree(1, nodes, min(nodes, depth + 2), mask=mask, device=device)
@@ -58,7 +59,10 @@ def build(nodes: int = 60, depth: int = 7, mask: str = "float") -> Workload:
         draft_tokens, rows, float_mask, positions = tree.eagles()
         assert torch.equal(found.draft_tokens, draft_tokens) and torch.equal(found.depths[0], positions)
         assert torch.equal(eagle.trim_retrieve_indices(found.retrieve_indices[0], found.leaf_count[0], found.width[0]).cpu(), rows)
-        assert mask != "float" or torch.equal(found.tree_mask.cpu(), float_mask)
+        ours = found.tree_mask.cpu()
+        if mask == "bits":  # [1, nodes, words]
+            ours = (ours[:, :, :, None] >> torch.arange(64) & 1).flatten(2)[:, None, :, :nodes].float()
+        assert torch.equal(ours, float_mask)
 
     return Workload(
         candidate=lambda: tree.ours(mask=mask, out=out),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
 from perf import decode_workloads, eagle_cases, eagle_generation, eagle_workloads, mask_race
-from sparse_attention import eagle
+from sparse_attention import baselines, eagle
 from sparse_attention.breakeven import select
 from sparse_attention.breakeven.checking import check_fresh
+from sparse_attention.patterns import Lengths, SlidingWindow
 
 HEADS = {"dtype": "float32", "heads": 4, "kv_heads": 2, "head_dim": 16}
 SMALL = {
@@ -39,7 +42,7 @@ def test_generation_is_equal():
     check_fresh(eagle_generation.generate(vocab=96, tokens=12), 5)
 
 
-@pytest.mark.parametrize("name", ["build", "mask", "verify", "commit", "step"])
+@pytest.mark.parametrize("name", ["build", "build bits", "mask", "verify", "commit", "step"])
 def test_a_wrong_output_is_found(name, monkeypatch):
     builder, args = SMALL[name]
     workload = builder(**args)
@@ -47,6 +50,7 @@ def test_a_wrong_output_is_found(name, monkeypatch):
     workload.check(right)
     wrong = {
         "build": lambda: right._replace(depths=right.depths + 1),
+        "build bits": lambda: right._replace(tree_mask=right.tree_mask ^ torch.eye(20, 1, dtype=torch.int64)[None]),
         "mask": lambda: right | True,
         "verify": lambda: right._replace(accept_length=right.accept_length - 1),
         "commit": lambda: right._replace(hidden=right.hidden * 2),
@@ -59,6 +63,50 @@ def test_a_wrong_output_is_found(name, monkeypatch):
         monkeypatch.setattr(eagle, "commit", lambda *caches_and_path, hidden: nothing)
         with pytest.raises(AssertionError):
             workload.check(right)
+
+
+def test_flex_attention_is_given_the_window_of_the_whole_cache(monkeypatch):
+    given = []
+
+    def flex(q, k, v, pattern):
+        given.append((k, v, pattern))
+        kept = slice(k.shape[2] - pattern.window, None)
+        return lambda: torch.nn.functional.scaled_dot_product_attention(q, k[:, :, kept], v[:, :, kept], enable_gqa=True)
+
+    monkeypatch.setattr(baselines, "flex", flex)
+    workload = decode_workloads.window(batch=2, window=128, length=384, rival="flex", **HEADS)
+    check_fresh(workload, 0)
+    workload.check(workload.baselines["flex"]())
+    ((k, v, pattern),) = given
+    assert pattern == SlidingWindow(128) and k.shape == v.shape == (2, 2, 384, 16)
+    assert k[:, :, :256].isnan().all() and v[:, :, :256].isnan().all() and torch.isfinite(k[:, :, 256:]).all()
+    with pytest.raises(ValueError, match="window is 100 of 384; expected one that begins with a block of 128 keys"):
+        decode_workloads.window(batch=2, window=100, length=384, rival="flex", **HEADS)
+
+
+@pytest.mark.parametrize("case", [c for c in eagle_cases.CUDA if c.args.get("rival") == "flex"], ids=lambda c: c.id)
+def test_flex_attention_reads_nothing_that_is_nan(case):
+    """The rows of the table: the blocks that its mask lists are those of the window."""
+    pytest.importorskip("torch.nn.attention.flex_attention")
+    length, window = case.args["length"], case.args["window"]
+    pattern, lengths = SlidingWindow(window), Lengths(1, length)
+    mask = baselines.flex_mask(lambda b, h, i, j: pattern.allows(i + lengths.offset, j, lengths), 1, lengths, torch.device("cpu"))
+    listed = ((mask.kv_num_blocks, mask.kv_indices), (mask.full_kv_num_blocks, mask.full_kv_indices))
+    blocks = [block for count, indices in listed for block in indices.flatten()[: int(count)].tolist()]
+    assert sorted(blocks) == list(range((length - window) // 128, length // 128))
+
+
+def test_the_windows_share_a_cache_while_one_of_them_is_in_use():
+    first = decode_workloads.window(batch=2, window=32, length=384, **HEADS)
+    (caches,) = decode_workloads._caches_in_use.values()
+    second = decode_workloads.window(batch=2, window=32, length=384, **HEADS)
+    assert [*decode_workloads._caches_in_use.values()] == [caches]
+    del first, caches
+    gc.collect()
+    assert len(decode_workloads._caches_in_use) == 1
+    del second
+    gc.collect()
+    assert not decode_workloads._caches_in_use
 
 
 def test_few_rows_run_by_default_on_the_cpu():
