@@ -92,6 +92,25 @@ def test_cold_in_a_graph_is_as_cold_as_without(clock):
     assert in_graph == pytest.approx(alone, rel=0.1)
 
 
+def test_the_clock_is_counted(clock):
+    """Against a kernel that waits for so many cycles."""
+    cycles = 20_000_000
+    clock.time(lambda: torch.cuda._sleep(cycles), 1)
+    counted = [(clock.time(lambda: torch.cuda._sleep(cycles), 1), clock.average_speed()) for _ in range(5)]
+    print(counted, clock.as_dict())
+    assert "cycles" not in clock.as_dict()
+    for seconds, megahertz in counted:
+        assert 200 < megahertz < 4000
+        assert seconds * 1e6 * megahertz == pytest.approx(cycles, rel=0.01)
+
+
+def test_a_call_takes_as_many_cycles_at_any_clock(clock, product):
+    counted = [(clock.time(product, 1), clock.average_speed()) for _ in range(15)]
+    cycles = [seconds * megahertz for seconds, megahertz in counted]
+    print(counted)
+    assert statistics.stdev(cycles) < 0.02 * statistics.fmean(cycles)
+
+
 def test_nvml_is_plausible(clock, product):
     for _ in range(20):
         clock.time(product, 1)

@@ -27,6 +27,9 @@ class Clock:
         """Return once the device is idle."""
         raise NotImplementedError
 
+    def rest(self) -> None:
+        """Wait until the last half no longer holds the device back; told before the next, in the time of neither."""
+
     def together(self, calls: Sequence[Callable[[], Any]]) -> None:
         """Told before calls are raced against each other, so that they are timed in one way."""
 
@@ -41,6 +44,12 @@ class Clock:
     def throttled(self) -> str:
         """Why the device was held back in the last timed half; "" where it was not, or cannot be told."""
         return ""
+
+    def average_speed(self) -> float | None:
+        """The mean of the device's clock over the call of the last timed half, counted rather than read now and then, in any unit;
+        None where it cannot be told.
+        """
+        return None
 
     def unfinished(self, call: Callable[[], Any]) -> tuple[float, float] | None:
         """Seconds until a call was over for whoever waits for it as `time` does, and until the whole device was idle."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .clock import Clock
+from .cycles import Cycles
 from .nvml import Absent, Nvml, Reading
 from .peaks import Peak, gpu_peak
 
@@ -18,7 +19,7 @@ Events = list[tuple[Any, Any]]
 
 WARM_CALLS = 10  # in a row, for the figure without a flush
 MOST_FLUSHES = 16  # before one call
-REST, MOST_REST_S = 4.0, 0.02  # after a half under a power cap: so many times as long as it took
+REST, MOST_REST_S = 4.0, 0.02  # after a half under a power cap: so many times as long as it took, up to this or as long as it took
 
 
 class CudaClock(Clock):
@@ -27,15 +28,16 @@ class CudaClock(Clock):
     `graph_below_s` are captured, each with its own flush and events as nodes of the graph, and what they take when launched one by
     one, after a single flush, is kept beside.
 
-    A device under a power cap rests after each half, so that heavy calls do not slow down the ones that follow them.
+    A device under a power cap rests after each half, so that heavy calls do not slow down the ones that follow them. What the clock
+    of a call outside a graph was on average is counted on the device.
     """
 
     least_s = 50e-6
     graph_below_s = 50e-6
 
-    def __init__(self, cuda: Any = None, flush: Any = None, nvml: Nvml | str | None = None):
+    def __init__(self, cuda: Any = None, flush: Any = None, nvml: Nvml | str | None = None, cycles: Cycles | str | None = None):
         """Without arguments, of torch's current device; otherwise what stands in for `torch.cuda`, the memory that is
-        overwritten, and NVML or why there is none.
+        overwritten, NVML and the cycle counters, or why there are none.
         """
         if cuda is None:
             import torch
@@ -45,6 +47,9 @@ class CudaClock(Clock):
         self._properties = cuda.get_device_properties(cuda.current_device())
         self._flush = _memory(2 * self._properties.L2_cache_size) if flush is None else flush
         self._nvml = _nvml(self._properties) if nvml is None else nvml
+        self._cycles = _cycles(self._properties) if cycles is None else cycles
+        self._average: float | None = None  # megahertz in the last half
+        self._rest_s = 0.0  # before the next
         self._calls: dict[int, Call] = {}  # keeps them alive, so that no other has the same id
         self._flushes = 1  # before each call, whichever it is: what went before decides about clocks and caches
         self._queued_s: dict[int, float] = {}  # what each takes when its launch does not count
@@ -64,6 +69,11 @@ class CudaClock(Clock):
 
     def settle(self) -> None:
         self._cuda.synchronize()
+
+    def rest(self) -> None:
+        if self._rest_s:
+            time.sleep(self._rest_s)
+            self._rest_s = 0.0
 
     def together(self, calls: Sequence[Call]) -> None:
         """In graphs, all of them, if the shortest is short enough and each can be captured."""
@@ -92,11 +102,16 @@ class CudaClock(Clock):
         return float(self._reading.sm_mhz) if self._reading else None
 
     def throttled(self) -> str:
-        """A power cap counts only where it took the clock below nine tenths of the fastest seen: heavy work always meets it."""
+        """A power cap counts only where nobody counted the clock, and it took it below nine tenths of the fastest seen: heavy work
+        always meets it.
+        """
         if self._reading is None:
             return ""
-        capped = self._reading.power_capped and self._reading.sm_mhz < 0.9 * max(r.sm_mhz for r in self._seen)
+        capped = self._average is None and self._reading.power_capped and self._reading.sm_mhz < 0.9 * max(r.sm_mhz for r in self._seen)
         return self._reading.hard or ("power cap" if capped else "")
+
+    def average_speed(self) -> float | None:
+        return self._average
 
     def unfinished(self, call: Call) -> tuple[float, float]:
         found = []
@@ -118,6 +133,7 @@ class CudaClock(Clock):
 
     def as_dict(self) -> dict[str, Any]:
         about: dict[str, Any] = {"not captured": dict(self._refused)} if self._refused else {}
+        about |= {"cycles": f"absent: {self._cycles}"} if isinstance(self._cycles, str) else {}
         about |= {"late calls": dict(zip(("timed again", "kept"), self._late))} if any(self._late) else {}
         if isinstance(self._nvml, str):
             return {"nvml": f"absent: {self._nvml}", **about}
@@ -130,6 +146,7 @@ class CudaClock(Clock):
 
     def _timed(self, call: Call, inner: int, in_graph: bool, queued: bool = False) -> list[float]:
         """Seconds of each of `inner` calls; with `queued` the device did not wait for their launch."""
+        self.rest()
         if in_graph:
             graph, events = self._graph(call, inner)
             graph.replay()
@@ -138,8 +155,9 @@ class CudaClock(Clock):
         self._read()  # while the device works
         self.settle()
         taken = [start.elapsed_time(stop) * 1e-3 for start, stop in events]
+        self._average = self._cycles.megahertz() if not in_graph and self._counts(events) else None
         if self._reading is not None and self._reading.power_capped:
-            time.sleep(min(REST * sum(taken), MOST_REST_S))
+            self._rest_s = min(REST * sum(taken), max(MOST_REST_S, sum(taken)))
         return taken
 
     def _launch_s(self, call: Call) -> float:
@@ -182,9 +200,11 @@ class CudaClock(Clock):
         for start, stop in events:
             for _ in range(flushes):
                 self._flush.zero_()
+            self._mark(0, events)
             start.record()
             call()
             stop.record()
+            self._mark(1, events)
             late += not self._cuda.is_current_stream_capturing() and start.query()
         return late
 
@@ -233,6 +253,17 @@ class CudaClock(Clock):
         self.settle()
         return start.elapsed_time(stop) * 1e-3 / WARM_CALLS
 
+    def _counts(self, events: Events) -> bool:
+        """Of one call alone: between several the cache is overwritten, at another clock."""
+        return len(events) == 1 and not isinstance(self._cycles, str)
+
+    def _mark(self, row: int, events: Events) -> None:
+        if self._counts(events) and not self._cuda.is_current_stream_capturing():
+            try:
+                self._cycles.mark(row, self._cuda.current_stream().cuda_stream)
+            except Absent as why:
+                self._cycles = str(why)
+
     def _read(self) -> None:
         if isinstance(self._nvml, str):
             return
@@ -254,6 +285,13 @@ def _memory(size: int) -> Any:
     import torch
 
     return torch.empty(size, dtype=torch.uint8, device="cuda")
+
+
+def _cycles(properties: Any) -> Cycles | str:
+    try:
+        return Cycles(properties.multi_processor_count)
+    except Absent as why:
+        return str(why)
 
 
 def _nvml(properties: Any) -> Nvml | str:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import statistics as _stdlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from .statistics import Interval, block_log_speedup, detectable_slowdown
 from .store import Record, Run
 from .verdict import JUDGED, Judgement, Policy, Verdict, conclude, judge
+
+ONLY_COUNTED = "below the floor with the rival counted at our clock, not as measured at its own"
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Result:
     baselines: Mapping[str, float] | None = None  # rough seconds of every one that runs here; the first is the default
     figures: Mapping[str, float] | None = None  # further ones of the clock, in seconds: medians over blocks
     not_in_base: bool = False  # raced against another revision, which does not have the case
+    counted_s: float | None = None  # what `baseline_s` was counted as, where the baseline's clock was slower
 
     @property
     def default_baseline(self) -> str | None:
@@ -45,6 +48,16 @@ class Result:
         if self.speedup is None or self.baseline not in times or not times[self.baseline]:
             return None
         return self.speedup * times[self.default_baseline] / times[self.baseline]
+
+    @property
+    def baseline_clock(self) -> float | None:
+        """As a share of the candidate's, where it was slower."""
+        return self.counted_s / self.baseline_s if self.counted_s is not None else None
+
+    @property
+    def clock_note(self) -> str:
+        """What was made of a baseline whose clock was slower."""
+        return f"rival at {100 * self.baseline_clock:.0f} % of our clock, counted at ours" if self.baseline_clock else ""
 
     @property
     def speedup(self) -> float | None:
@@ -65,6 +78,9 @@ class Result:
             "default_baseline": self.default_baseline,
             "speedup_over_default": self.speedup_over_default,
             "baseline_s": self.baseline_s,
+            "baseline_counted_s": self.counted_s,
+            "baseline_clock": self.baseline_clock,
+            "clock_note": self.clock_note,
             "candidate_s": self.candidate_s,
             "limit_s": self.limit_s,
             "candidate_peak_bytes": self.candidate_peak_bytes,
@@ -75,20 +91,36 @@ class Result:
         }
 
 
-def block_logs(record: Record) -> list[float]:
-    """Log speedup of each valid block: undisturbed pairs only, the case's scale and allowance applied."""
+def block_logs(record: Record, counted: bool = True) -> list[float]:
+    """Log speedup of each valid block: undisturbed pairs only, the case's scale and allowance applied. A baseline whose clock was slower
+    counts at the candidate's, unless its times are to be those measured.
+    """
     scale, allowance_s = record.scout.get("scale", 1.0), record.case.allowance_s
     logs = []
     for block in record.blocks:
         if block.valid:
-            baseline_s, candidate_s = block.clean_pairs()
+            baseline_s, candidate_s = block.clean_pairs(counted)
             net = [max(c - allowance_s, 0.01 * c) for c in candidate_s]
             logs.append(block_log_speedup([scale * b for b in baseline_s], net))
     return logs
 
 
 def judge_record(record: Record, policy: Policy) -> Judgement:
-    return judge(block_logs(record), record.case.floor, policy)
+    return _judged(record, policy, judge)
+
+
+def _judged(record: Record, policy: Policy, rule: Callable[..., Judgement]) -> Judgement:
+    """What is counted at equal clock bounds the speedup from below: it lets a case pass, but fails none that is not below as measured."""
+    found = rule(block_logs(record), record.case.floor, policy)
+    if not _below(found) or not any(block.counted_s for block in record.blocks):
+        return found
+    if _below(rule(block_logs(record, counted=False), record.case.floor, policy)):
+        return found
+    return replace(found, verdict=Verdict.NOT_EVALUATED, more=0, suspect=False, reason=ONLY_COUNTED)
+
+
+def _below(judged: Judgement) -> bool:
+    return judged.suspect or judged.verdict is Verdict.FAIL
 
 
 def result(record: Record, policy: Policy) -> Result:
@@ -102,22 +134,24 @@ def result(record: Record, policy: Policy) -> Result:
     if status != "ok":
         reason = record.scout.get("reason", "never started")
         return Result(case.id, Verdict.NOT_EVALUATED, case.floor, reason, not_in_base=status == "not in base")
-    judged = conclude(block_logs(record), case.floor, policy)
+    judged = _judged(record, policy, conclude)
     valid = [b for b in record.blocks if b.valid]
     verdict, reason, disturbed = judged.verdict, judged.reason, len(record.blocks) - len(valid)
-    if verdict is Verdict.NOT_EVALUATED and disturbed and not judged.suspect:
+    if verdict is Verdict.NOT_EVALUATED and disturbed and not judged.suspect and reason != ONLY_COUNTED:
         pairs = [clean for b in record.blocks for clean in b.clean]
         reason = f"{_cause(record)}: {disturbed} of {len(record.blocks)} blocks disturbed, {_share(pairs)} of pairs clean"
     found = judged.interval
     blocks = valid or record.blocks
+    baseline_s = _median([b.baseline_s for b in blocks]) if blocks else None
+    counted_s = _median([b.counted_s or b.baseline_s for b in blocks]) if blocks else None
     return Result(
         case.id,
         verdict,
         case.floor,
         reason or record.scout.get("note", ""),
         record.baseline,
-        _stdlib.median(_stdlib.median(b.baseline_s) for b in blocks) if blocks else None,
-        _stdlib.median(_stdlib.median(b.candidate_s) for b in blocks) if blocks else None,
+        baseline_s,
+        _median([b.candidate_s for b in blocks]) if blocks else None,
         found,
         detectable_slowdown(found.sd, found.blocks, found.alpha) if found and found.blocks > 1 else None,
         case.limit_s,
@@ -126,6 +160,7 @@ def result(record: Record, policy: Policy) -> Result:
         (record.scout.get("baseline_peak_bytes") or {}).get(record.baseline),
         record.scout.get("baselines"),
         {name: _stdlib.median(b.figures[name] for b in blocks) for name in _common([b.figures for b in blocks])},
+        counted_s=counted_s if counted_s != baseline_s else None,
     )
 
 
@@ -155,6 +190,11 @@ def _cause(record: Record) -> str:
     for block in record.blocks:
         counts.update(block.disturbed)
     return max(counts, key=counts.get)
+
+
+def _median(blocks: list[list[float]]) -> float:
+    """Over blocks, of their medians."""
+    return _stdlib.median(_stdlib.median(seconds) for seconds in blocks)
 
 
 def _common(mappings: list[Mapping[str, float]]) -> list[str]:

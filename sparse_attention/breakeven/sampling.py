@@ -14,6 +14,7 @@ from .machine import Usage
 
 LEAST_PAIRS, MOST_PAIRS = 2, 20
 LEAST_SPEED = 0.75  # of the block's fastest clock
+ALIKE = 0.02  # by so much may the clocks of a pair differ, for both sides to have run in the same condition
 
 
 @dataclass
@@ -49,23 +50,34 @@ class Samples:
     clean: list[bool] = field(default_factory=list)
     disturbed: dict[str, int] = field(default_factory=dict)  # pairs by what disturbed them
     figures: dict[str, float] = field(default_factory=dict)  # further ones of the clock, in seconds
+    counted_s: list[float] = field(default_factory=list)  # the baseline at the candidate's clock; empty where that changes nothing
+    clocks: list[list[float | None]] = field(default_factory=list)  # of baseline and candidate; empty where none was told
 
     def add(self, pair: Pair, fastest: float) -> None:
         """Keep a pair; `fastest` is the fastest clock of the block."""
         slow = min(pair.speeds, default=fastest) < LEAST_SPEED * fastest
         cause = pair.candidate.disturbed or pair.baseline.disturbed or ("slow clock" if slow else "")
         self.baseline_s.append(pair.baseline.seconds)
+        self.counted_s.append(pair.counted_s)
+        self.clocks.append([pair.baseline.average, pair.candidate.average])
         self.candidate_s.append(pair.candidate.seconds)
         self.clean.append(not cause)
         if cause:
             self.disturbed[cause] = self.disturbed.get(cause, 0) + 1
+
+    def end(self, figures: dict[str, float]) -> None:
+        """No pair follows."""
+        self.figures = figures
+        self.counted_s = [] if self.counted_s == self.baseline_s else self.counted_s
+        self.clocks = self.clocks if any(map(any, self.clocks)) else []
 
 
 @dataclass(frozen=True)
 class Half:
     seconds: float
     disturbed: str = ""  # by what
-    speed: float | None = None  # of the device's clock
+    speed: float | None = None  # of the device's clock, as read once
+    average: float | None = None  # of the device's clock, as counted over the call
 
 
 @dataclass(frozen=True)
@@ -74,9 +86,19 @@ class Pair:
     candidate: Half
 
     @property
+    def counted_s(self) -> float:
+        """The baseline's seconds, as if it had run at the candidate's clock where its own was slower. No call gains more from a faster
+        clock than the clocks' ratio, so the speedup is then at most that at equal clock.
+        """
+        rival, ours = self.baseline.average, self.candidate.average
+        if rival is None or ours is None or rival >= (1 - ALIKE) * ours:
+            return self.baseline.seconds
+        return self.baseline.seconds * rival / ours
+
+    @property
     def speeds(self) -> list[float]:
-        """Of the halves where it is known."""
-        return [half.speed for half in (self.baseline, self.candidate) if half.speed is not None]
+        """Of the halves where it is known, and the average is not."""
+        return [half.speed for half in (self.baseline, self.candidate) if half.speed is not None and half.average is None]
 
 
 def estimate(call: Callable[[], Any], clock: Clock) -> float:
@@ -166,7 +188,7 @@ def measure(
     for entry in entries:
         for pair in pairs[entry.id]:
             samples[entry.id].add(pair, fastest)
-        samples[entry.id].figures = _figures(entry, clock)
+        samples[entry.id].end(_figures(entry, clock))
     return samples
 
 
@@ -175,13 +197,14 @@ def visit(members: Sequence[Entry], chosen: GroupPlan, clock: Clock, order: rand
     calls = _calls(members)
     halves: dict[str, Half] = {}
     for name in order.sample(list(calls), len(calls)):
+        clock.rest()
         clock.settle()
         before = Usage.now()
         seconds = clock.time(calls[name], chosen.inner[name])
         contended = Usage.now().since(before).contended
-        speed = clock.speed()
         throttled = clock.throttled()
-        halves[name] = Half(seconds, "contended" if contended else f"throttled ({throttled})" if throttled else "", speed)
+        cause = "contended" if contended else f"throttled ({throttled})" if throttled else ""
+        halves[name] = Half(seconds, cause, clock.speed(), clock.average_speed())
     return {e.id: Pair(halves.get("", Half(e.limit_s or 0.0)), halves[e.id]) for e in members}
 
 

@@ -24,14 +24,18 @@ class Block:
     clean: list[bool]
     disturbed: dict[str, int] = field(default_factory=dict)  # pairs by what disturbed them
     figures: dict[str, float] = field(default_factory=dict)  # further ones of the clock, in seconds
+    counted_s: list[float] = field(default_factory=list)  # the baseline at the candidate's clock; empty where that changes nothing
+    clocks: list[list[float | None]] = field(default_factory=list)  # of baseline and candidate; empty where none was told
 
     @property
     def valid(self) -> bool:
         """At least half of the pairs, and one, were undisturbed."""
         return sum(self.clean) >= max(1, len(self.clean) / 2)
 
-    def clean_pairs(self) -> tuple[list[float], list[float]]:
-        kept = [(b, c) for b, c, clean in zip(self.baseline_s, self.candidate_s, self.clean) if clean]
+    def clean_pairs(self, counted: bool = True) -> tuple[list[float], list[float]]:
+        """Times of both sides; the baseline's at the candidate's clock unless they are to be those measured."""
+        baseline_s = self.counted_s if counted and self.counted_s else self.baseline_s
+        kept = [(b, c) for b, c, clean in zip(baseline_s, self.candidate_s, self.clean) if clean]
         return [b for b, _ in kept], [c for _, c in kept]
 
 

@@ -27,6 +27,8 @@ def text(results: Sequence[Result], labels: tuple[str, str] = LABELS, memory: bo
     for r in results:
         if r.reason and r.verdict is not Verdict.PASS:
             said.setdefault(f"{r.verdict.value}: {r.reason}", []).append(r.id)
+        if r.clock_note:
+            said.setdefault(r.clock_note, []).append(r.id)
     notes = [f"{_few(ids)}: {reason}" for reason, ids in said.items()]
     return "\n".join([*lines, *([""] + notes if notes else [])])
 
@@ -71,6 +73,12 @@ def seconds(value: float | None) -> str:
     return f"{_three(value * 1e9)} ns"
 
 
+def baseline(r: Result) -> str:
+    """Its time as measured, with the share of the candidate's clock that it ran at where that is less; or the limit in its place."""
+    clock = f" ({100 * r.baseline_clock:.0f} % clock)" if r.baseline_clock is not None else ""
+    return f"limit {seconds(r.limit_s)}" if r.limit_s is not None else seconds(r.baseline_s) + clock
+
+
 def mebibytes(value: int | None) -> str:
     return "-" if value is None else f"{value / 2**20:.1f} MiB"
 
@@ -89,7 +97,6 @@ def _cells(results: Sequence[Result], labels: tuple[str, str], memory: bool) -> 
 
 
 def _row(r: Result, further: Sequence[str]) -> list[str]:
-    baseline = f"limit {seconds(r.limit_s)}" if r.limit_s is not None else seconds(r.baseline_s)
     found = r.interval
     speedup = "-"
     if found:
@@ -97,7 +104,7 @@ def _row(r: Result, further: Sequence[str]) -> list[str]:
         speedup = f"{found.speedup:.3g}x [{found.low:.3g}, {high}]"
     detects = f"{100 * r.detects:.3g} %" if r.detects is not None and math.isfinite(r.detects) else "-"
     cells = [_column(r.columns or {}, name) for name in further]
-    return [r.id, baseline, seconds(r.candidate_s), speedup, f"{r.floor:.3g}x", detects, r.verdict.value, *cells]
+    return [r.id, baseline(r), seconds(r.candidate_s), speedup, f"{r.floor:.3g}x", detects, r.verdict.value, *cells]
 
 
 def _column(columns, name: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..result import Result
-from ..table import mebibytes, seconds
+from ..table import baseline, mebibytes, seconds
 from ..verdict import Verdict
 from .content import Row
 
@@ -59,8 +59,7 @@ def _cells(row: Row, axis: tuple[float, float]) -> Cells:
             low, high, value, floor = (_place(x, axis) for x in (seen.low, seen.high, seen.speedup, found.floor))
             bar = Bar(low, round(high - low, 2), value, floor)
     detects = f"{100 * found.detects:.2g} %" if found.detects is not None and math.isfinite(found.detects) else ""
-    baseline = f"limit {seconds(found.limit_s)}" if found.limit_s is not None else seconds(found.baseline_s)
-    times = f"{baseline}, {seconds(found.candidate_s)}" if found.candidate_s is not None else ""
+    times = f"{baseline(found)}, {seconds(found.candidate_s)}" if found.candidate_s is not None else ""
     floor = f"{found.floor:.3g}x"
     return Cells(found.id, speedup, floor, detects, times, _memory(found), found.verdict.value, _remarks(row), bar)
 
@@ -72,6 +71,8 @@ def _remarks(row: Row) -> tuple[str, ...]:
         lines.append(change(row))
     if found.reason and found.verdict is not Verdict.PASS and not row.unjudged:
         lines.append(found.reason)
+    if found.clock_note:
+        lines.append(found.clock_note)
     return tuple(lines)
 
 
