@@ -15,6 +15,9 @@ from sparse_attention.layout import layout as tiles_of
 from sparse_attention.patterns.base import Pattern, Tile
 
 
+LISTED = 2048  # up to so many keys blocks are tiles of lists too: few tiles of 128 are seen by nobody, and wide ones are quicker
+
+
 class Ready(NamedTuple):
     """forward: (q, k, v, scale) -> (out, lse), or with a `block_mask` to read. layout, filter: what it launches. nbytes: of its tables."""
 
@@ -28,7 +31,7 @@ def ready(pattern: Pattern, sizes: Sizes, device: torch.device) -> Ready:
     """The tables of a pattern on the device, and their call."""
     native = _build_cuda.kernels(torch.cuda.get_device_capability(device))
     lengths = sizes.q_len, sizes.kv_len, sizes.heads
-    blocks = cuda_blocks.split(pattern, *lengths)
+    blocks = cuda_blocks.split(pattern, *lengths) if sizes.kv_len > LISTED else None
     if blocks is None:
         found = cuda_tables.best_layout(pattern, *lengths, sizes.head_dim, wide=_tier(device) == "sm90")
         layout, made = _layout(native, found, device, sizes), None

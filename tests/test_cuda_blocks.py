@@ -97,7 +97,7 @@ def test_a_graph_cannot_hold_what_the_host_reads():
 
 @pytest.mark.parametrize("heads, blocks, density", ((32, 1024, 0.1), (5, 300, 0.5), (2, 77, 1.0), (130, 32, 0.2)))
 def test_bits_and_order(heads, blocks, density):
-    """The packed mask is the mask; the order holds each item once, outliers first, then few heads at a time by length."""
+    """The packed mask is the mask; the order holds each item once, outliers first, then few heads at a time, by length and place, roughly."""
     length = 64 * blocks
     mask = random_mask(64, length, length, heads, density)
     mask[0, :2] = True
@@ -111,16 +111,24 @@ def test_bits_and_order(heads, blocks, density):
     used = (made.used.unsqueeze(-1) >> torch.arange(64, device="cuda") & 1).bool().flatten(2)[..., : either.shape[2]]
     assert torch.equal(used, either != 0)
     order = made.order.long()
+    same, order = order >> 30 != 0, order & (1 << 30) - 1
     assert torch.equal(order.sort().values, torch.arange(len(items), device="cuda"))
     items = items[order].long()
+    halves_equal = (made.bits[:, 0::2] == made.bits[:, 1::2]).all(-1)
+    assert torch.equal(same, halves_equal[items[:, 0], items[:, 2]])
     below = torch.ones(blocks, blocks, dtype=torch.bool, device="cuda").tril()
     seen = torch.nn.functional.pad(mask & below, (0, 0, 0, blocks % 2)).unflatten(1, (-1, 2)).any(2).sum(-1)
     length_of = seen[items[:, 0], items[:, 2]].double()
-    outlier = length_of > 4 * length_of.mean()
+    bound = 4 * length_of.mean()
+    outlier = length_of > bound
     assert torch.equal(outlier, outlier.sort(descending=True).values)
-    section = items[~outlier, 0] // cuda_tables.SECTION
-    if heads <= 128 * cuda_tables.SECTION:
+    heads_a_section = min(4, max(1, (32 << 20) // (512 * length)))
+    section = items[~outlier, 0] // heads_a_section
+    if heads <= 128 * heads_a_section:
         assert torch.equal(section, section.sort().values)
+    tiles = made.bits.shape[1] // 2
     for one in section.unique():
-        lengths = length_of[~outlier][section == one]
-        assert (lengths.diff() <= 4 * length_of.mean() / 64 + 1).all()
+        mine = section == one
+        lengths, places = length_of[~outlier][mine], items[~outlier, 2][mine] * 8 // tiles
+        assert (lengths.diff() <= bound / 8 + 1).all()
+        assert (places.diff()[lengths.diff() == 0] >= 0).all()

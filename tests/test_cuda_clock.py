@@ -104,11 +104,18 @@ def test_the_clock_is_counted(clock):
         assert seconds * 1e6 * megahertz == pytest.approx(cycles, rel=0.01)
 
 
-def test_a_call_takes_as_many_cycles_at_any_clock(clock, product):
-    counted = [(clock.time(product, 1), clock.average_speed()) for _ in range(15)]
+def test_a_long_call_takes_as_many_cycles_at_any_clock(clock, product):
+    """Within the first milliseconds of heavy work the device also holds instructions back; what is counted lasts longer."""
+
+    def products():
+        for _ in range(32):
+            product()
+
+    clock.time(products, 1)
+    counted = [(clock.time(products, 1), clock.average_speed()) for _ in range(9)]
     cycles = [seconds * megahertz for seconds, megahertz in counted]
     print(counted)
-    assert statistics.stdev(cycles) < 0.02 * statistics.fmean(cycles)
+    assert statistics.stdev(cycles) < 0.03 * statistics.fmean(cycles)
 
 
 def test_nvml_is_plausible(clock, product):

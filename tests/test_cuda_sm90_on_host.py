@@ -70,6 +70,24 @@ def test_a_block_mask_filters_the_tiles(library):
     assert is_right(q, k, v, mask, *forward(library, q, k, v, sa.Causal(), 64, words, order))
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_half_passes_over_what_the_other_half_sees(library, seed):
+    """Long stretches of tiles for one half alone, at the beginning, in between and at the end; more of them than there are stages."""
+    tiles = 14
+    halves = {"none": (), "all": range(tiles), "first": (0,), "last": (13,), "ends": (0, 13), "even": range(0, tiles, 2), "some": (3, 4, 11)}
+    pairs = [("none", "all"), ("all", "first"), ("last", "all"), ("ends", "even"), ("some", "all"), ("even", "some"), ("first", "last"), ("none", "none"), ("all", "all"), ("even", "even")]
+    q, k, v = tensors(1, len(pairs), 1, 128, 64 * tiles, 64)
+    seen = torch.zeros(len(pairs), 2, tiles, dtype=torch.bool)
+    for head, pair in enumerate(pairs):
+        for half, name in enumerate(pair):
+            seen[head, half, list(halves[name])] = True
+    words = (seen.long() << torch.arange(tiles)).sum(2, keepdim=True)
+    mask = seen.repeat_interleave(64, 1).repeat_interleave(64, 2)
+    same = torch.tensor([upper == lower for upper, lower in pairs]).int() << 30
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))
+    assert is_right(q, k, v, mask, *forward(library, q, k, v, sa.Dense(), 64, words, (order | same[order]).int(), seed))
+
+
 def test_nan_where_nobody_looks(library):
     q, k, v = tensors(1, 1, 1, 30, 300, 64)
     mask = sa.SlidingWindow(50).mask(30, 300, 1)

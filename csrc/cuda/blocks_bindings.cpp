@@ -4,6 +4,8 @@
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 
+#include <algorithm>
+
 #include "bindings.h"
 #include "blocks/blocks.h"
 #include "tile_bindings.h"
@@ -11,7 +13,9 @@
 namespace sparse_attention::bindings {
 namespace {
 
-constexpr int kSection = 4;  // heads whose keys and values should stay in the L2 cache together
+// Heads whose keys and values, of 128 columns of two bytes, stay in an L2 cache together: one at least.
+int section_of(int64_t kv_len) { return static_cast<int>(std::clamp<int64_t>((int64_t{32} << 20) / (512 * kv_len), 1, 4)); }
+
 constexpr int kOutlier = 4;  // items so many times as long as the mean go first, whatever their head
 
 // A block mask for one layout of one part. mask: bool [heads or 1, q_blocks, kv_blocks].
@@ -45,7 +49,7 @@ Filter filter(const Layout& layout, const Tensor& mask_in, int64_t block) {
   made.order = at::empty_like(lengths);
   C10_CUDA_CHECK(static_cast<cudaError_t>(blocks::count(t, lengths.data_ptr<int32_t>(), reinterpret_cast<uint64_t*>(made.used.data_ptr<int64_t>()), stream)));
   C10_CUDA_CHECK(static_cast<cudaError_t>(
-      blocks::sort(t, lengths.data_ptr<int32_t>(), made.order.data_ptr<int32_t>(), layout.heads, kSection, kOutlier, stream)));
+      blocks::sort(t, lengths.data_ptr<int32_t>(), made.order.data_ptr<int32_t>(), layout.heads, section_of(layout.kv_len), kOutlier, stream)));
   return made;
 }
 

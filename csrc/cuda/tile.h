@@ -29,12 +29,13 @@ struct Run {
   int32_t first, count, mask;
 };
 constexpr int kLast = 1 << 30, kDead = 1 << 29, kFull = kDead - 1;
+constexpr int kSame = 1 << 30;  // both halves of an item's queries see the same tiles
 
 // What a tier reads of a part: device pointers; sparse_attention/cuda_tables.py makes the tables.
 struct Tables {
   const Work* work;          // [n_work]
   const int32_t* starts;     // [blocks + 1]: which items each block takes
-  const int32_t* order;      // [n_work] or null: blocks take the next of this order when they are free, and `starts` is not read
+  const int32_t* order;      // [n_work] or null: blocks take the next of this order when they are free, and `starts` is not read. With kSame
   int32_t* ticket;           // with `order`: 0, counts what was taken
   const int32_t* row_start;  // of the layout
   const Run* runs;

@@ -7,6 +7,7 @@ namespace sparse_attention {
 // The items of one block, over all batches: from a list of its own, or the next of an order that all blocks share. For one thread, a lane 0.
 struct Share {
   int batch = -1, n = 0;  // the item at hand: work[n] of this batch
+  bool both = false;      // under a filter: whether both halves of its queries see the same tiles
   int turn = 0, stop = 0;
 
   __device__ __forceinline__ bool next(const Tables& t) {
@@ -17,6 +18,7 @@ struct Share {
       if (at >= t.batch * t.n_work) return false;
       batch = at / t.n_work;
       n = t.order[at - batch * t.n_work];
+      both = n & kSame, n &= ~kSame;
       return true;
     }
     while (turn == stop) {
@@ -34,71 +36,93 @@ class Walk {
  public:
   int tile, mark;
 
-  Walk() = default;
-  __device__ __forceinline__ Walk(const Tables& t, const Work& w) : t(&t), run(t.runs + t.row_start[w.row]), end(t.runs + t.row_start[w.row + 1]) {
-    if (t.bits) filter = w.head % t.bit_heads * (t.bit_rows / 2) + w.tile;
-    find();
+  // The item's first tile is at hand after two steps, and known to be there, or `empty`, after one.
+  __device__ __forceinline__ void begin(const Tables& t, const Work& w) {
+    at = stop = next_mark = 0, filter = word = next_tile = -1;
+    if (t.bits) {
+      filter = w.head % t.bit_heads * (t.bit_rows / 2) + w.tile;
+      ask(t, 0);  // most runs begin there
+    }
+    run = t.row_start[w.row], end = t.row_start[w.row + 1];
   }
 
   __device__ __forceinline__ bool empty() const { return next_tile < 0; }
 
   // Call again until the mark had kLast.
-  __device__ __forceinline__ void step() {
+  __device__ __forceinline__ void step(const Tables& t) {
     tile = next_tile, mark = next_mark;
-    find();
+    find(t);
     if (next_tile < 0) mark |= kLast;
   }
 
   // Passes over the tiles that follow the one at hand without a gap and with its mark, and says how many they are; 0 under a filter.
   // `empty` then says whether any are left.
-  __device__ __forceinline__ int pass() {
+  __device__ __forceinline__ int pass(const Tables& t) {
     if (filter >= 0 || next_tile != tile + 1 || next_mark != mark) return 0;
-    const int count = run->count - within + 1;
-    within = run->count;
-    find();
+    const int count = stop - at + 1;
+    at = stop;
+    find(t);
     return count;
   }
 
  private:
-  const Tables* t;
-  const Run *run, *end;
-  int filter = -1;  // the query tile among those of the bits, or -1 without
-  int within = 0;   // of the run
+  int run, end;            // those not begun
+  int at, stop, run_mask;  // what is left of the run at hand: tiles at to stop - 1
   int next_tile, next_mark;
+  int filter;              // the query tile among those of the bits, or -1 without
+  int word, coming;        // the words of bits at hand, and the next that are not 0, on their way while those at hand are used
+  uint64_t upper, lower, coming_upper, coming_lower;
 
-  // The first word from this one on that is not 0, or one past the last.
-  __device__ __forceinline__ int used_word(int word) const {
-    while (word < t->bit_words) {
-      const uint64_t rest = t->used[int64_t{filter} * ((t->bit_words + 63) / 64) + word / 64] >> word % 64;
-      if (rest) return word + __ffsll(rest) - 1;
-      word = (word / 64 + 1) * 64;
-    }
-    return t->bit_words;
+  // Asks for the first words from this one on that are not 0.
+  __device__ __forceinline__ void ask(const Tables& t, int from) {
+    const uint64_t* used = t.used + int64_t{filter} * ((t.bit_words + 63) / 64);
+    for (coming = from; coming < t.bit_words; coming = (coming / 64 + 1) * 64)
+      if (const uint64_t rest = used[coming / 64] >> coming % 64) {
+        coming += __ffsll(rest) - 1;
+        const uint64_t* bits = t.bits + int64_t{filter} * 2 * t.bit_words + coming;
+        coming_upper = bits[0], coming_lower = bits[t.bit_words];
+        return;
+      }
   }
 
-  __device__ __forceinline__ void find() {
-    for (; run < end; ++run, within = 0) {
-      const Run now = *run;
-      if (filter < 0) {
-        if (within == now.count) continue;
-        next_tile = now.first + within++, next_mark = now.mask;
-        return;
+  // The words of tile `at`, or the first later ones; false where the run has none.
+  __device__ __forceinline__ bool turn(const Tables& t) {
+    for (int wanted = at / 64; word != wanted;) {
+      int from = wanted;
+      if (coming >= wanted) {
+        if (coming >= t.bit_words || 64 * coming >= stop) return false;
+        word = wanted = coming, upper = coming_upper, lower = coming_lower;
+        at = max(at, 64 * word);
+        from = word + 1;
       }
-      while (within < now.count) {
-        const int at = now.first + within, word = at / 64, shift = at % 64;
-        const uint64_t* bits = t->bits + int64_t{filter} * 2 * t->bit_words + word;
-        const uint64_t upper = bits[0] >> shift, lower = bits[t->bit_words] >> shift;
-        const int skip = __ffsll(upper | lower) - 1;  // -1: none left in this word
-        within = (skip < 0 ? 64 * used_word(word + 1) : at + skip) - now.first;
-        if (skip < 0 || within >= now.count) continue;
-        const int half = !(lower >> skip & 1) ? 1 : !(upper >> skip & 1) ? 2 : 0;
-        const int mask = now.mask & kFull;
-        next_tile = now.first + within++;
-        next_mark = t->marks[half * (t->bit_masks + 1) + (mask == kFull ? t->bit_masks : mask)];
-        return;
+      ask(t, from);
+    }
+    return true;
+  }
+
+  __device__ __forceinline__ void find(const Tables& t) {
+    for (;;) {
+      if (at >= stop) {
+        if (run == end) break;
+        const Run now = t.runs[run++];
+        at = now.first, stop = at + now.count, run_mask = now.mask;
+        continue;
       }
+      if (filter >= 0) {
+        const uint64_t any = turn(t) ? (upper | lower) >> at % 64 : 0;
+        at = any ? at + __ffsll(any) - 1 : word == at / 64 ? 64 * (word + 1) : stop;
+        if (!any || at >= stop) continue;
+      }
+      next_tile = at++, next_mark = filter < 0 ? run_mask : halved(t, next_tile);
+      return;
     }
     next_tile = -1;
+  }
+
+  // The mark of a tile that perhaps only one half of the queries sees.
+  __device__ __forceinline__ int halved(const Tables& t, int tile) const {
+    const int half = !(lower >> tile % 64 & 1) ? 1 : !(upper >> tile % 64 & 1) ? 2 : 0, mask = run_mask & kFull;
+    return t.marks[half * (t.bit_masks + 1) + (mask == kFull ? t.bit_masks : mask)];
   }
 };
 

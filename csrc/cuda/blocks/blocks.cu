@@ -65,19 +65,22 @@ __global__ void count_kernel(const Tables t, int32_t* lengths, uint64_t* used) {
   const Work w = t.work[n];
   const int64_t tile = int64_t{w.head % t.bit_heads} * (t.bit_rows / 2) + w.tile;
   const uint64_t* upper = t.bits + tile * 2 * t.bit_words;
+  bool same = true;
   for (int first = 0; first < t.bit_words; first += 64) {
     uint64_t found = 0;
-    for (int word = first; word < min(first + 64, t.bit_words); ++word)
+    for (int word = first; word < min(first + 64, t.bit_words); ++word) {
       found |= uint64_t{(upper[word] | upper[t.bit_words + word]) != 0} << (word - first);
+      same &= upper[word] == upper[t.bit_words + word];
+    }
     used[tile * ((t.bit_words + 63) / 64) + first / 64] = found;  // heads with one mask write the same
   }
   int length = 0;
   for (int r = t.row_start[w.row]; r < t.row_start[w.row + 1]; ++r)
     length += set_bits(upper, upper + t.bit_words, t.runs[r].first, t.runs[r].count);
-  lengths[n] = length;
+  lengths[n] = 2 * length + same;
 }
 
-constexpr int kThreads = 1024, kGrades = 64, kLongGrades = 256, kMostSections = 128;
+constexpr int kThreads = 1024, kGrades = 8, kPlaces = 8, kLongGrades = 256, kMostSections = 128;
 
 __device__ int block_sum(int x, int* scratch) {  // scratch: [33]; the same answer for all threads
   for (int d = 16; d; d /= 2) x += __shfl_xor_sync(~0u, x, d);
@@ -92,15 +95,16 @@ __device__ int block_sum(int x, int* scratch) {  // scratch: [33]; the same answ
   return scratch[32];
 }
 
-// One block counts the items of each grade, then places them: outliers by length, then section by section by length. Where two
-// items are of one grade, their order is left to chance: it decides when they run, not what they give.
+// One block counts the items of each grade, then places them: outliers by length, then section by section by length, roughly, and those of
+// about one length by their place in the sequence, so that what runs at the same time reads neighbouring keys. Where two items are of one
+// grade, their order is left to chance: it decides when they run, not what they give. lengths: twice the tiles, and 1 for kSame.
 __global__ void __launch_bounds__(kThreads) sort_kernel(const Tables t, const int32_t* lengths, int32_t* order, int sections, int section, int outlier) {
   extern __shared__ int places[];
   __shared__ int scratch[33];
-  const int grades = kLongGrades + sections * kGrades;
+  const int grades = kLongGrades + sections * kGrades * kPlaces;
   for (int g = threadIdx.x; g < grades; g += kThreads) places[g] = 0;
   int sum = 0, most = 1;
-  for (int n = threadIdx.x; n < t.n_work; n += kThreads) sum += lengths[n], most = max(most, lengths[n]);
+  for (int n = threadIdx.x; n < t.n_work; n += kThreads) sum += lengths[n] / 2, most = max(most, lengths[n] / 2);
   const float mean = static_cast<float>(block_sum(sum, scratch)) / t.n_work;
   __syncthreads();
   for (int d = 16; d; d /= 2) most = max(most, __shfl_xor_sync(~0u, most, d));
@@ -109,9 +113,11 @@ __global__ void __launch_bounds__(kThreads) sort_kernel(const Tables t, const in
   for (int w = 0; w < 32; ++w) most = max(most, scratch[w]);
   const float bound = fmaxf(outlier * mean, 1.0f);
   const auto grade = [&](int n) {
-    const int length = lengths[n];
+    const int length = lengths[n] / 2;
     if (length > bound) return min(kLongGrades - 1, static_cast<int>((most - length) / (most - bound) * kLongGrades));
-    return kLongGrades + t.work[n].head / section % sections * kGrades + min(kGrades - 1, static_cast<int>((bound - length) / bound * kGrades));
+    const Work& w = t.work[n];
+    const int step = min(kGrades - 1, static_cast<int>((bound - length) / bound * kGrades)), place = int64_t{w.tile} * kPlaces / max(1, t.bit_rows / 2);
+    return kLongGrades + (w.head / section % sections * kGrades + step) * kPlaces + min(kPlaces - 1, place);
   };
   __syncthreads();
   for (int n = threadIdx.x; n < t.n_work; n += kThreads) atomicAdd(&places[grade(n)], 1);
@@ -135,7 +141,7 @@ __global__ void __launch_bounds__(kThreads) sort_kernel(const Tables t, const in
     before += all;
     __syncthreads();
   }
-  for (int n = threadIdx.x; n < t.n_work; n += kThreads) order[atomicAdd(&places[grade(n)], 1)] = n;
+  for (int n = threadIdx.x; n < t.n_work; n += kThreads) order[atomicAdd(&places[grade(n)], 1)] = n | (lengths[n] & 1 ? kSame : 0);
 }
 
 }  // namespace
@@ -153,7 +159,7 @@ int count(const Tables& t, int32_t* lengths, uint64_t* used, void* stream) {
 
 int sort(const Tables& t, const int32_t* lengths, int32_t* order, int heads, int section, int outlier, void* stream) {
   const int sections = min(kMostSections, (heads + section - 1) / section);
-  const int bytes = (kLongGrades + sections * kGrades) * sizeof(int);
+  const int bytes = (kLongGrades + sections * kGrades * kPlaces) * sizeof(int);
   sort_kernel<<<1, kThreads, bytes, static_cast<cudaStream_t>(stream)>>>(t, lengths, order, sections, section, outlier);
   return cudaGetLastError();
 }

@@ -68,16 +68,17 @@ class Stretches {
       item ^= 1;
       const Work w = p.tables.work[share.n];
       items[item] = Item(p, w, share.batch);
-      walk = Walk(p.tables, w);
+      walk.begin(p.tables, w);
+      walk.step(p.tables);
     }
     x.item = item;
     if (walk.empty()) {
       x.key = items[item].keys, x.steps = 1, x.mask = kNothing, x.dead = false, x.last = last = true;
       return;
     }
-    walk.step();
+    walk.step(p.tables);
     x.key = p.keys * walk.tile, x.mask = walk.mark & kFull, x.dead = walk.mark & kDead;
-    x.steps = (1 + walk.pass()) * (p.keys / kKeys);
+    x.steps = (1 + walk.pass(p.tables)) * (p.keys / kKeys);
     x.last = last = walk.empty();
   }
 

@@ -23,7 +23,7 @@ struct alignas(1024) Shared {
   alignas(1024) uint8_t out[S::kShare ? 1024 : S::kBlocks * S::kQueryBlock];
   uint64_t q_full, q_empty, k_full[S::kStages], k_empty[S::kStages], v_full[S::kStages], v_empty[S::kStages];
   int32_t mask[S::kStages];  // of the tile in this stage, with kLast for a row's last
-  int32_t item;              // the work in `q`; -1 when there is none left
+  int32_t item;              // the work in `q`, and kOdd and kBoth of forward.cuh; -1 when there is none left
   int32_t has_tiles;
 };
 
@@ -37,16 +37,17 @@ struct Ring {
   }
 };
 
-// The barriers, before anybody uses them; one thread calls it. bringers: how many arrive when a key tile, and what belongs to it, is there.
+// The barriers, before anybody uses them; one thread calls it. bringers: how many arrive when a key tile, and what belongs to it, is there;
+// users: when a stage, or the queries' memory, is free.
 template <class S>
-__device__ __forceinline__ void init_barriers(Shared<S>& shared, int bringers = 1) {
+__device__ __forceinline__ void init_barriers(Shared<S>& shared, int bringers = 1, int users = 2) {
   barrier_init(&shared.q_full, 1);
-  barrier_init(&shared.q_empty, 2);
+  barrier_init(&shared.q_empty, users);
   for (int s = 0; s < S::kStages; ++s) {
     barrier_init(&shared.k_full[s], bringers);
     barrier_init(&shared.v_full[s], 1);
-    barrier_init(&shared.k_empty[s], 2);
-    barrier_init(&shared.v_empty[s], 2);
+    barrier_init(&shared.k_empty[s], users);
+    barrier_init(&shared.v_empty[s], users);
   }
   barriers_ready();
 }
@@ -69,6 +70,10 @@ struct Attend {
       : shared(shared), scale_log2(scale_log2), group(threadIdx.x / 128 - 1), thread(threadIdx.x % 128), warp(thread / 32), lane(thread % 32) {}
 
   __device__ __forceinline__ Self& self() { return static_cast<Self&>(*this); }
+
+  // Who says that a stage is free: a thread of the warpgroup, or, where warps do not meet at each tile, one of each warp.
+  static constexpr bool kEachWarp = false;
+  __device__ __forceinline__ bool says() const { return Self::kEachWarp ? lane == 0 : thread == 0; }
 
   __device__ __forceinline__ void begin() {
 #pragma unroll
@@ -132,10 +137,9 @@ struct Attend {
 
   // Values of a key become 0: their weight is 0, but they may be NaN.
   __device__ __forceinline__ void zero_value(int key, int stage) {
-#pragma unroll
-    for (int b = 0; b < S::kBlocks; ++b)
-#pragma unroll
-      for (int x = 0; x < 8; ++x) reinterpret_cast<uint4*>(shared.v[stage] + b * S::kKeyBlock + key * 128)[x] = uint4{0, 0, 0, 0};
+    uint4* const row = reinterpret_cast<uint4*>(shared.v[stage] + key * 128);
+#pragma unroll 1
+    for (int x = 0; x < 8 * S::kBlocks; ++x) row[x / 8 * (S::kKeyBlock / 16) + x % 8] = uint4{0, 0, 0, 0};
   }
 
   // Scores become weights in place; returns what earlier sums and outputs are worth now.
@@ -192,7 +196,7 @@ struct Attend {
     pin(s);
     your_turn();
     bool last = mark & kLast;
-    if (thread == 0) barrier_arrive(&shared.k_empty[k_ring.stage]);
+    if (says()) barrier_arrive(&shared.k_empty[k_ring.stage]);
     if (last) self().scored_last();
     k_ring.next();
     if ((mark & kFull) != kFull) self().hide(s, mark & kFull);
@@ -214,7 +218,7 @@ struct Attend {
       your_turn();
       products_wait<1>();
       pin(s);
-      if (thread == 0) barrier_arrive(&shared.k_empty[k_ring.stage]);
+      if (says()) barrier_arrive(&shared.k_empty[k_ring.stage]);
       if (last) self().scored_last();
       k_ring.next();
       if ((mark & kFull) != kFull) self().hide(s, mark & kFull);
@@ -222,7 +226,7 @@ struct Attend {
       products_wait<0>();
 #pragma unroll
       for (int c = 0; c < kChunks; ++c) pin(out[c]);
-      if (thread == 0) barrier_arrive(&shared.v_empty[v_ring.stage]);
+      if (says()) barrier_arrive(&shared.v_empty[v_ring.stage]);
       v_ring.next();
       convert(weights, s);
       rescale(worth);
@@ -233,7 +237,7 @@ struct Attend {
     products_wait<0>();
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) pin(out[c]);
-    if (thread == 0) barrier_arrive(&shared.v_empty[v_ring.stage]);
+    if (says()) barrier_arrive(&shared.v_empty[v_ring.stage]);
     v_ring.next();
   }
 };

@@ -1,8 +1,8 @@
 // Forward over a layout's tiles on Hopper: one warp copies tiles in with the tensor copy engine, two warpgroups of 64 queries
 // each multiply and keep the softmax. A block takes query tiles of 128 from a list until none is left.
 #pragma once
-#include "../walk.cuh"
-#include "consumer.cuh"
+#include "agenda.cuh"
+#include "halves.cuh"
 
 namespace sparse_attention::sm90 {
 
@@ -23,54 +23,66 @@ struct Params {
 __host__ __device__ constexpr bool reads_partial(Merge m) { return m == kMiddlePart || m == kLastPart; }
 __host__ __device__ constexpr bool writes_partial(Merge m) { return m == kFirstPart || m == kMiddlePart; }
 
-// The queries of one item of work, then its key tiles one after the other.
+// With the item's number: whether the phase of `q_full` is 1 when it is there, a register less than counting; and Share's `both`.
+constexpr int kOdd = 1 << 30, kBoth = 1 << 29;
+
 template <class S>
-__device__ __forceinline__ void copy_tiles(
-    const Params& p, const Maps& maps, Shared<S>& shared, const Work& w, int batch, Ring<S::kStages>& ring) {
-  Walk walk(p.tables, w);
-  shared.has_tiles = !walk.empty();
-  barrier_expect(&shared.q_full, S::kBlocks * S::kQueryBlock);
+struct Memory : Shared<S> {
+  Agenda agenda;
+};
+
+// Copies the key tiles of each item in, one after the other, and its queries behind the first keys: those are on their way before the memory
+// of the queries before is free. One thread.
+template <class S, class Steps>
+__device__ __forceinline__ void produce(const Params& p, const Maps& maps, Shared<S>& shared, Steps steps) {
+  Ring<S::kStages> ring;
+  const CUtensorMap *k_map = maps.k, *v_map = maps.v;
+  int batch = 0, kv_head = 0, residue = 0, begin = 0;
+  uint32_t q_phase = 0;
+  while (steps.next()) {
+    const Work& w = steps.work();
+    const bool first = steps.is_first(), some = steps.tile() >= 0;
+    const int stage = ring.stage;
+    if (first) {
+      k_map = &maps.k[w.k_long], v_map = &maps.v[w.k_long];
+      batch = steps.batch(), kv_head = w.head / p.group, residue = w.k_residue, begin = w.k_step;
+    }
+    const int at = begin + S::kKeys * steps.tile();
+    if (some) {
+      barrier_wait(&shared.k_empty[stage], ring.phase ^ 1);
+      shared.mask[stage] = steps.mark();
+      barrier_expect(&shared.k_full[stage], S::kBlocks * S::kKeyBlock);
 #pragma unroll
-  for (int b = 0; b < S::kBlocks; ++b)
-    tensor_load(shared.q + b * S::kQueryBlock, &maps.q[w.q_long], &shared.q_full, 64 * b, w.q_residue,
-                w.q_step + S::kQueries * w.tile, w.head, batch);
-  const CUtensorMap *k_map = &maps.k[w.k_long], *v_map = &maps.v[w.k_long];
-  const int kv_head = w.head / p.group;
-  if (walk.empty()) return;
-  do {
-    walk.step();
-    const int step = w.k_step + S::kKeys * walk.tile, stage = ring.stage;
-    barrier_wait(&shared.k_empty[stage], ring.phase ^ 1);
-    shared.mask[stage] = walk.mark;
-    barrier_expect(&shared.k_full[stage], S::kBlocks * S::kKeyBlock);
+      for (int b = 0; b < S::kBlocks; ++b)
+        tensor_load(shared.k[stage] + b * S::kKeyBlock, k_map, &shared.k_full[stage], 64 * b, residue, at, kv_head, batch);
+    }
+    if (first) {
+      barrier_wait(&shared.q_empty, q_phase ^ 1);
+      shared.item = (batch * p.tables.n_work + steps.n()) | (q_phase ? kOdd : 0) | (steps.both() ? kBoth : 0);
+      q_phase ^= 1;
+      shared.has_tiles = some;
+      barrier_expect(&shared.q_full, S::kBlocks * S::kQueryBlock);
 #pragma unroll
-    for (int b = 0; b < S::kBlocks; ++b)
-      tensor_load(shared.k[stage] + b * S::kKeyBlock, k_map, &shared.k_full[stage], 64 * b, w.k_residue, step, kv_head, batch);
+      for (int b = 0; b < S::kBlocks; ++b)
+        tensor_load(shared.q + b * S::kQueryBlock, &maps.q[w.q_long], &shared.q_full, 64 * b, w.q_residue, w.q_step + S::kQueries * w.tile, w.head, batch);
+    }
+    steps.done();
+    if (!some) continue;
     barrier_wait(&shared.v_empty[stage], ring.phase ^ 1);
     barrier_expect(&shared.v_full[stage], S::kBlocks * S::kKeyBlock);
 #pragma unroll
     for (int b = 0; b < S::kBlocks; ++b)
-      tensor_load(shared.v[stage] + b * S::kKeyBlock, v_map, &shared.v_full[stage], 64 * b, w.k_residue, step, kv_head, batch);
+      tensor_load(shared.v[stage] + b * S::kKeyBlock, v_map, &shared.v_full[stage], 64 * b, residue, at, kv_head, batch);
     ring.next();
-  } while (!(walk.mark & kLast));
-}
-
-template <class S>
-__device__ __forceinline__ void produce(const Params& p, const Maps& maps, Shared<S>& shared) {
-  Ring<S::kStages> ring;
-  uint32_t q_phase = 0;
-  for (Share share; share.next(p.tables); q_phase ^= 1) {
-    barrier_wait(&shared.q_empty, q_phase ^ 1);
-    shared.item = share.batch * p.tables.n_work + share.n;
-    copy_tiles<S>(p, maps, shared, p.tables.work[share.n], share.batch, ring);
   }
   barrier_wait(&shared.q_empty, q_phase ^ 1);
   shared.item = -1;
   barrier_arrive(&shared.q_full);
 }
 
-template <class S, typename T, Merge kMerge, bool kBury>
-struct Consumer : Attend<S, T, kBury, Consumer<S, T, kMerge, kBury>> {
+// kHalves: under a block mask of 64 rows, so that many tiles are seen by one warpgroup's queries alone.
+template <class S, typename T, Merge kMerge, bool kBury, bool kHalves>
+struct Consumer : Attend<S, T, kBury, Consumer<S, T, kMerge, kBury, kHalves>> {
   using Base = Attend<S, T, kBury, Consumer>;
   using Base::group, Base::lane, Base::out, Base::shared, Base::thread, Base::warp, Base::kChunk, Base::kChunks, Base::kScores, Base::kWide;
 
@@ -79,13 +91,22 @@ struct Consumer : Attend<S, T, kBury, Consumer<S, T, kMerge, kBury>> {
 
   __device__ Consumer(const Params& p, const Maps& maps, Shared<S>& shared) : Base(shared, p.scale_log2), p(p), maps(maps) {}
 
+  static constexpr bool kEachWarp = kHalves;
+
   // The queries' memory may be filled anew once both warpgroups are done with it: after the last scores, or after the output.
   static constexpr bool kKeepsQueries = S::kShare && !writes_partial(kMerge);
   __device__ __forceinline__ void release() {
-    if (thread == 0) barrier_arrive(&shared.q_empty);
+    if (this->says()) barrier_arrive(&shared.q_empty);
   }
   __device__ __forceinline__ void scored_last() {
     if constexpr (!kKeepsQueries) release();
+  }
+
+  // What this half of the queries sees of a tile: see Tables::marks.
+  __device__ __forceinline__ bool sees(int mask, bool& all) const {
+    const int count = p.tables.bit_masks, half = mask == kFull ? 0 : mask > 2 * count ? 2 : mask >= count ? 1 : 0;
+    all = mask == kFull || (half && mask == half * (count + 1) + count - 1);
+    return half != 2 - group;
   }
 
   __device__ __forceinline__ void hide(float (&s)[kScores], int mask) {
@@ -108,20 +129,27 @@ struct Consumer : Attend<S, T, kBury, Consumer<S, T, kMerge, kBury>> {
 
   __device__ void run() {
     Ring<S::kStages> k_ring, v_ring;
-    uint32_t q_phase = 0;
-    if (group == 1) this->your_turn();
-    for (;; q_phase ^= 1) {
+    if (!kHalves && group == 1) this->your_turn();
+    for (uint32_t q_phase = 0;;) {
       barrier_wait(&shared.q_full, q_phase);
       const int item = shared.item;
       if (item < 0) break;
       const bool has_tiles = shared.has_tiles;
       this->begin();
-      if (has_tiles) this->attend(k_ring, v_ring);
-      else named_sync<128>(4 + group);  // all have read what `release` gives away
-      if (!has_tiles) scored_last();
-      finish(item);
+      if (!has_tiles) {
+        named_sync<128>(4 + group);  // all have read what `release` gives away
+        scored_last();
+      } else if (kHalves && !(item & kBoth)) {
+        Half<S, T, kBury, Consumer>(*this, k_ring, v_ring).run();
+      } else {
+        if (kHalves && group == 1) this->your_turn();
+        this->attend(k_ring, v_ring);
+        if (kHalves && group == 0) this->my_turn();
+      }
+      finish(item & ~(kOdd | kBoth));
+      q_phase = item & kOdd ? 0 : 1;
     }
-    if (group == 0) this->my_turn();  // leaves no arrival behind
+    if (!kHalves && group == 0) this->my_turn();  // leaves no arrival behind
   }
 
   // Divide by the sum, merge with an earlier part, write.
@@ -216,18 +244,30 @@ struct Consumer : Attend<S, T, kBury, Consumer<S, T, kMerge, kBury>> {
   }
 };
 
-template <class S, typename T, Merge kMerge, bool kBury>
+// Registers of a thread that copies or looks for tiles; the two warpgroups that compute share the rest of 3 times 168.
+template <class S, bool kHalves>
+constexpr int kCopying = kHalves ? 56 : S::kDim > 192 ? 24 : 40;
+
+template <class S, typename T, Merge kMerge, bool kBury, bool kHalves>
 __global__ void __launch_bounds__(S::kThreads, 1) forward(const __grid_constant__ Maps maps, const Params p) {
   extern __shared__ uint8_t raw[];
-  auto& shared = *reinterpret_cast<Shared<S>*>((reinterpret_cast<uintptr_t>(raw) + 1023) / 1024 * 1024);
-  if (threadIdx.x == 0) init_barriers(shared);
+  auto& shared = *reinterpret_cast<Memory<S>*>((reinterpret_cast<uintptr_t>(raw) + 1023) / 1024 * 1024);
+  if (threadIdx.x == 0) {
+    if (kHalves) shared.agenda.init();
+    init_barriers(shared, 1, kHalves ? kWarpsThatSay : 2);
+  }
   __syncthreads();
   if (threadIdx.x < 128) {
-    registers_fewer<24>();
-    if (threadIdx.x == 0) produce<S>(p, maps, shared);
+    registers_fewer<kCopying<S, kHalves>>();
+    if constexpr (kHalves) {
+      if (threadIdx.x == 0) produce<S>(p, maps, shared, Read(shared.agenda));
+      else if (threadIdx.x == 32) shared.agenda.write(p.tables);
+    } else {
+      if (threadIdx.x == 0) produce<S>(p, maps, shared, Found(p.tables));
+    }
   } else {
-    registers_more<240>();
-    Consumer<S, T, kMerge, kBury> consumer(p, maps, shared);
+    registers_more<(504 - kCopying<S, kHalves>) / 2>();
+    Consumer<S, T, kMerge, kBury, kHalves> consumer(p, maps, shared);
     consumer.run();
   }
 }

@@ -61,11 +61,11 @@ bool make_maps(Maps& maps, const Forward& f) {
   return true;
 }
 
-template <class S, typename T, Merge kMerge, bool kBury>
+template <class S, typename T, Merge kMerge, bool kBury, bool kHalves = false>
 cudaError_t launch(const Maps& maps, const Params& p, int processors, cudaStream_t stream) {
   static std::atomic<uint64_t> allowed{0};
-  const auto kernel = forward<S, T, kMerge, kBury>;
-  const int bytes = sizeof(Shared<S>) + 1024;
+  const auto kernel = forward<S, T, kMerge, kBury, kHalves>;
+  const int bytes = sizeof(Memory<S>) + 1024;
   const cudaError_t error = allow(kernel, bytes, allowed);
   if (error != cudaSuccess) return error;
   kernel<<<processors, S::kThreads, bytes, stream>>>(maps, p);
@@ -74,6 +74,8 @@ cudaError_t launch(const Maps& maps, const Params& p, int processors, cudaStream
 
 template <class S, typename T, bool kBury>
 cudaError_t launch_merge(const Forward& f, const Maps& maps, const Params& p, cudaStream_t stream) {
+  if constexpr (S::kKeys == 64 && S::kDim <= 128)
+    if (f.merge == kAlone && f.tables.bits) return launch<S, T, kAlone, kBury, true>(maps, p, f.processors, stream);
   switch (f.merge) {
     case kAlone: return launch<S, T, kAlone, kBury>(maps, p, f.processors, stream);
     case kFirstPart: return launch<S, T, kFirstPart, kBury>(maps, p, f.processors, stream);
@@ -97,7 +99,7 @@ int launch_forward(const Forward& f, cudaStream_t stream) {
   if (f.keys == 128 && f.head_dim <= 128) return launch_shape<Shape<128, 128, 2>, T>(f, maps, p, stream);
   if (f.keys != 64) return cudaErrorInvalidValue;
   if (f.head_dim <= 64) return launch_shape<Shape<64, 64, 4>, T>(f, maps, p, stream);
-  if (f.head_dim <= 128) return launch_shape<Shape<128, 64, 4>, T>(f, maps, p, stream);
+  if (f.head_dim <= 128) return launch_shape<Shape<128, 64, 5>, T>(f, maps, p, stream);
   if (f.head_dim <= 192) return launch_shape<Shape<192, 64, 2>, T>(f, maps, p, stream);
   return launch_shape<Shape<256, 64, 2>, T>(f, maps, p, stream);
 }

@@ -50,22 +50,25 @@ void decode_all(const Decode& d, const CacheMaps& maps, int seed) {
   if (d.splits > 1) join_all<__nv_bfloat16>(d, seed);
 }
 
-template <class S, Merge kMerge, bool kBury>
+template <class S, Merge kMerge, bool kBury, bool kHalves = false>
 void forward_all(const Params& p, const Maps& maps, int blocks, int seed) {
   gridDim.x = blocks;
   for (uint32_t block = 0; block < uint32_t(blocks); ++block) {
     blockIdx = {block};
-    run_block<Shared<S>>(S::kThreads, seed++, [&](Shared<S>& shared) {
-      if (threadIdx.x == 0) init_barriers(shared);
+    run_block<Memory<S>>(S::kThreads, seed++, [&](Memory<S>& shared) {
+      if (threadIdx.x == 0) shared.agenda.init(), init_barriers(shared, 1, kHalves ? kWarpsThatSay : 2);
       __syncthreads();
-      if (threadIdx.x >= 128) return Consumer<S, __nv_bfloat16, kMerge, kBury>(p, maps, shared).run();
-      if (threadIdx.x == 0) produce<S>(p, maps, shared);
+      if (threadIdx.x >= 128) return Consumer<S, __nv_bfloat16, kMerge, kBury, kHalves>(p, maps, shared).run();
+      if (threadIdx.x == 0) kHalves ? produce<S>(p, maps, shared, Read(shared.agenda)) : produce<S>(p, maps, shared, Found(p.tables));
+      if (kHalves && threadIdx.x == 32) shared.agenda.write(p.tables);
     });
   }
 }
 
 template <class S, bool kBury>
 void forward_merge(Merge merge, const Params& p, const Maps& maps, int blocks, int seed) {
+  if constexpr (S::kKeys == 64 && S::kDim <= 128)
+    if (merge == kAlone && p.tables.bits) return forward_all<S, kAlone, kBury, true>(p, maps, blocks, seed);
   switch (merge) {
     case kAlone: return forward_all<S, kAlone, kBury>(p, maps, blocks, seed);
     case kFirstPart: return forward_all<S, kFirstPart, kBury>(p, maps, blocks, seed);
@@ -134,7 +137,7 @@ extern "C" __attribute__((visibility("default"))) int forward(void** pointers, c
     };
     if (keys == 128) p.head_dim <= 64 ? all(Shape<64, 128, 4>{}) : all(Shape<128, 128, 2>{});
     else if (p.head_dim <= 64) all(Shape<64, 64, 4>{});
-    else if (p.head_dim <= 128) all(Shape<128, 64, 4>{});
+    else if (p.head_dim <= 128) all(Shape<128, 64, 5>{});
     else all(Shape<256, 64, 2>{});
   });
 }
