@@ -172,7 +172,7 @@ def decode_each(q, k, v, lengths, splits, ancestors=None, window=None, sinks=0, 
     if DEVICE == "cuda":
         native = _build_cuda.kernels(torch.cuda.get_device_capability())
         terms = given["ancestors"], -1 if window is None else window, sinks, given["block_table"], q.shape[3] ** -0.5, True
-        numbers = [n for n, name in enumerate(decode_kernels()) if name != "kWarpgroups" or (q.dtype in HALVES and q.shape[3] <= 128)]
+        numbers = [n for n, name in enumerate(decode_kernels()) if not name.startswith("kWarpgroup") or (q.dtype in HALVES and q.shape[3] <= 128)]
         outs += [native.decode_forward(*moved, 0, *terms, number, count) for number in numbers for count in splits]
     ulps = 256 if q.dtype == torch.float32 else 16  # its products are three of TF32
     for out, lse in outs:

@@ -140,17 +140,17 @@ def test_gradients_through_attention():
         out = sa.attention(*x, sa.Causal(), impl=impl)
         gradients.append(torch.autograd.grad(out, x, torch.ones_like(out)))
     for found, want in zip(*gradients):
-        assert torch.equal(found, want)
+        torch.testing.assert_close(found, want)
 
 
-KERNELS = {"narrow": 0, "wide": 1, "many": 2, "warpgroups": 3}
+KERNELS = {"narrow": 0, "wide": 1, "many": 2, "warpgroups": 3, "warpgroup": 4}
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("splits", (1, 2, 8, 16, 40))
+@pytest.mark.parametrize("splits", (1, 2, 3, 8, 16, 40))
 def test_every_kernel_with_any_number_of_splits(kernel, splits):
     capability = torch.cuda.get_device_capability()
-    if kernel == "warpgroups" and capability != (9, 0):
+    if kernel.startswith("warpgroup") and capability != (9, 0):
         pytest.skip("compute capability 9.0 only")
     native = _build_cuda.kernels(capability)
     q, k, v = tensors(2, 8, 2, 100, 6000, 128)
@@ -171,9 +171,9 @@ def test_every_kernel_with_any_number_of_splits(kernel, splits):
 
 def test_one_number_of_keys_for_all():
     q, k, v = tensors(2, 8, 2, 5, 900, 128)
-    lengths = torch.full((2,), 700, device="cuda")
+    lengths = torch.full((2,), 800, device="cuda")
     for given in ({}, {"impl": "native"}):
-        assert torch.equal(decode(q, k, v, 700, **given), decode(q, k, v, lengths, **given))
+        assert torch.equal(decode(q, k, v, 800, **given), decode(q, k, v, lengths, **given))
     with pytest.raises(ValueError, match="lengths is 901"):
         decode(q, k, v, 901)
 

@@ -40,7 +40,7 @@ def limits(tmp_path_factory):
 
 def test_the_blocks_of_a_call(limits):
     assert limits.most() == decode_cuda.MOST_BLOCKS
-    for kernel, rows in ((0, 16), (1, 64), (2, 64), (3, 128)):
+    for kernel, rows in ((0, 16), (1, 64), (2, 64), (3, 128), (4, 64)):
         assert limits.row_blocks(32, 8, 4 * rows, 128, kernel, 2) == 8 * 16
         assert limits.row_blocks(32, 8, 4 * rows + 1, 64, kernel, 2) == 8 * 17
     assert limits.row_blocks(1, 1, 64, 256, 1, 4) == 2

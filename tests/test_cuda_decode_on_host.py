@@ -24,6 +24,7 @@ from tests.test_cuda_on_host import tensors
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="fibers are ucontext's, on Linux")
 HERE = Path(__file__).parent / "cuda_on_host"
 KERNELS = ("narrow", "wide", "many")
+ROWS = {"warpgroups": 128, "warpgroup": 64}  # of a block
 
 
 @functools.cache
@@ -52,8 +53,8 @@ class Engine:
     """One kernel as `decode`, without its checks."""
 
     def __init__(self, name):
-        self.name, self.warpgroups = name, name == "warpgroups"
-        self.call = host_library("sm90/library.cpp" if self.warpgroups else "decode/library.cpp").decode
+        self.name = name
+        self.call = host_library("sm90/library.cpp" if name in ROWS else "decode/library.cpp").decode
 
     def __call__(self, q, k, v, lengths, *, ancestors=None, window=-1, sinks=0, block_table=None, splits=1, cluster=1, seed=0):
         batch, heads, q_len, head_dim = q.shape
@@ -68,7 +69,7 @@ class Engine:
         strides = [step for x in (q, out, k, v) for step in x.stride()[:3]]
         sizes.append(one or 0)
         arrays = (ctypes.c_void_p * 10)(*pointers), (ctypes.c_int64 * 12)(*strides), (ctypes.c_int32 * len(sizes))(*sizes)
-        which = [] if self.warpgroups else [int(q.dtype == torch.float32), KERNELS.index(self.name)]
+        which = [ROWS[self.name]] if self.name in ROWS else [int(q.dtype == torch.float32), KERNELS.index(self.name)]
         assert self.call(*arrays, ctypes.c_float(head_dim**-0.5), *which, seed) == 0
         return out, lse
 
@@ -85,7 +86,7 @@ class Engine:
         return out, lse
 
 
-@pytest.fixture(params=[*KERNELS, "warpgroups"])
+@pytest.fixture(params=[*KERNELS, *ROWS])
 def engine(request):
     return Engine(request.param)
 
@@ -130,7 +131,7 @@ def test_a_token(engine):
 
 @pytest.mark.parametrize("head_dim", (64, 72, 256))
 def test_a_tree(engine, head_dim):
-    if engine.name == "warpgroups" and head_dim == 256:
+    if engine.name in ROWS and head_dim == 256:
         pytest.skip("no such kernel")
     q, k, v = tensors(1, 4, 1, 13, 260, head_dim)
     for length, splits in ((13, 1), (140, 1), (250, 2)):
@@ -145,11 +146,11 @@ def test_float32(small, head_dim):
 
 
 @pytest.mark.parametrize("cluster", (2, 3, 9))
-def test_blocks_of_a_cluster_merge(small, cluster):
+def test_blocks_of_a_cluster_merge(engine, cluster):
     q, k, v = tensors(2, 6, 2, 7, 330, 64)
     for lengths in ([330, 7], [200, 0]):
-        want = small.check(q, k, v, torch.tensor(lengths), splits=cluster, cluster=cluster)
-        for x, y in zip(want, small(q, k, v, torch.tensor(lengths), splits=cluster, cluster=cluster, seed=5)):
+        want = engine.check(q, k, v, torch.tensor(lengths), splits=cluster, cluster=cluster)
+        for x, y in zip(want, engine(q, k, v, torch.tensor(lengths), splits=cluster, cluster=cluster, seed=5)):
             assert torch.equal(x, y)
 
 

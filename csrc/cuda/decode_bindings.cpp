@@ -32,7 +32,7 @@ DecodeDevice device_of() {
 
 int launch(const Decode& d, DecodeKernel kernel, at::ScalarType type, void* stream) {
 #ifdef SPARSE_ATTENTION_SM90
-  if (kernel == DecodeKernel::kWarpgroups) return type == at::kHalf ? sm90::decode_f16(d, stream) : sm90::decode_bf16(d, stream);
+  if (by_warpgroups(kernel)) return type == at::kHalf ? sm90::decode_f16(d, kernel, stream) : sm90::decode_bf16(d, kernel, stream);
 #endif
   if (type == at::kFloat) return decoding::run_f32(d, kernel, stream);
   return type == at::kHalf ? decoding::run_f16(d, kernel, stream) : decoding::run_bf16(d, kernel, stream);
@@ -100,7 +100,8 @@ std::tuple<Tensor, Tensor> decode_forward(const Tensor& q_in, const Tensor& k, c
   }
   d.window = std::min<int64_t>(window, d.capacity), d.sinks = std::min<int64_t>(sinks, d.capacity);
   d.scale = scale;
-  d.q_inverse = ((uint64_t{1} << 32) + d.q_len - 1) / d.q_len;
+  d.group = d.heads / d.kv_heads, d.group_inverse = ((uint64_t{1} << 32) + d.group - 1) / d.group;
+  d.kv_inverse = ((uint64_t{1} << 32) + d.kv_heads - 1) / d.kv_heads;
   const DecodeDevice device = device_of();
   const auto kernel = kernel_wanted < 0 ? choose_kernel(d, q.element_size(), device) : static_cast<DecodeKernel>(kernel_wanted);
   TORCH_CHECK_VALUE(d.batch <= kMostBlocks, "q has shape ", q.sizes(), ", a batch of ", d.batch, "; expected at most ", kMostBlocks, " on CUDA");
@@ -109,7 +110,7 @@ std::tuple<Tensor, Tensor> decode_forward(const Tensor& q_in, const Tensor& k, c
                     " tiles of queries for each request; expected at most ", kMostBlocks, " on CUDA");
   split_keys(d, kernel, q.element_size(), device);
   if (splits_wanted > 0) {
-    d.cluster = device.clusters && kernel != DecodeKernel::kWarpgroups && splits_wanted <= kMostCluster ? splits_wanted : 1;
+    d.cluster = device.clusters && splits_wanted <= (by_warpgroups(kernel) ? kPortableCluster : kMostCluster) ? splits_wanted : 1;
     d.splits = splits_wanted;
   }
   const int64_t rows = d.splits > d.cluster ? int64_t{d.splits} * q.numel() / d.head_dim : 0;

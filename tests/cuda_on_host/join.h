@@ -16,13 +16,15 @@ inline Decode decode_of(void** pointers, const int64_t* strides, const int32_t* 
   for (int i = 0; i < 15; ++i) *fields[i] = sizes[i];
   d.length = sizes[15];
   d.scale = scale;
-  d.q_inverse = ((uint64_t{1} << 32) + d.q_len - 1) / d.q_len;
+  d.group = d.heads / d.kv_heads;
+  d.group_inverse = ((uint64_t{1} << 32) + d.group - 1) / d.group;
+  d.kv_inverse = ((uint64_t{1} << 32) + d.kv_heads - 1) / d.kv_heads;
   return d;
 }
 
 template <typename T>
 void join_all(const Decode& d, int seed) {
-  const int rows = d.heads / d.kv_heads * d.q_len;
+  const int rows = d.group * d.q_len;
   std::mt19937 random(seed);
   for (uint32_t x = 0; x < uint32_t(rows * d.head_dim / 4 + 127) / 128; ++x)
     for (uint32_t y = 0; y < uint32_t(d.kv_heads); ++y)

@@ -17,7 +17,7 @@ bool is_hopper_or_later() {
 template <typename T>
 cudaError_t launch_join(const Decode& d, cudaStream_t stream) {
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3((d.heads / d.kv_heads * d.q_len * (d.head_dim / 4) + 127) / 128, d.kv_heads, d.batch), config.blockDim = dim3(128);
+  config.gridDim = dim3((d.group * d.q_len * (d.head_dim / 4) + 127) / 128, d.kv_heads, d.batch), config.blockDim = dim3(128);
   config.stream = stream;
   cudaLaunchAttribute overlap[1];
   overlap[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;

@@ -29,7 +29,7 @@ cudaError_t launch(const Decode& d, cudaStream_t stream) {
   constexpr int kBytes = sizeof(Shared<S>);
   static_assert(kBytes <= 99 * 1024, "what a block may have on compute capability 8.6");
   if (const cudaError_t error = allow(decode<S>, kBytes, allowed)) return error;
-  const int rows = d.heads / d.kv_heads * d.q_len, tiles = (rows + S::kRows - 1) / S::kRows;
+  const int rows = d.group * d.q_len, tiles = (rows + S::kRows - 1) / S::kRows;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(d.splits, d.kv_heads * tiles, d.batch), config.blockDim = dim3(S::kThreads);
   config.dynamicSmemBytes = kBytes, config.stream = stream;

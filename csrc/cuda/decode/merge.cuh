@@ -53,7 +53,7 @@ __device__ __forceinline__ void write(const Merged& all, const Work<S>& work, in
   const Decode& d = work.d;
   const int64_t group = int64_t{work.batch} * d.kv_heads + work.kv_head;
   if (d.splits == d.cluster) {
-    if (column == 0 && d.lse) d.lse[group * work.rows + row] = all.lse();
+    if (column == 0 && d.lse) d.lse[lse_of(d, work.batch, work.kv_head, row)] = all.lse();
     if (column < d.head_dim) all.store(row_of<typename S::T>(d, d.out, work.batch, work.kv_head, row) + column);
   } else {
     const int64_t at = (int64_t{blockIdx.x} * d.batch * d.kv_heads + group) * work.rows + row;

@@ -19,6 +19,7 @@ inline int rows_of(DecodeKernel kernel, int row_bytes, int itemsize) {
     case DecodeKernel::kNarrow: return 16;
     case DecodeKernel::kWide:
     case DecodeKernel::kMany: return itemsize == 4 && row_bytes > 512 ? 32 : 64;
+    case DecodeKernel::kWarpgroup: return 64;
     default: return 128;
   }
 }
@@ -29,31 +30,45 @@ inline int64_t visited_keys(const Decode& d) {
   return d.window < 0 ? keys : std::min<int64_t>(keys, int64_t{d.window} + d.sinks + d.q_len);
 }
 
-// Measured on an H200. Blocks of 16 rows share the keys of a tile among their warps: the quickest where rows or keys are few. Of 64 rows,
-// eight warps are quicker than four with two blocks at once while every block has a multiprocessor and a few tiles. Warpgroup products are
-// twice as fast as warp products, and take some microseconds more to begin and another launch to join splits.
+constexpr int kPortableCluster = 8;  // blocks, on any device that has clusters
+
+// How many splits of `blocks` blocks of one warpgroup are at work at once: two on a multiprocessor, less an eighth, which clusters of eight
+// cannot use.
+inline int64_t warpgroup_splits(const DecodeDevice& device, int64_t blocks) { return int64_t{device.processors} * 7 / 4 / blocks; }
+
+// Measured on an H100, warp products also on an H200. Blocks of 16 rows share the keys of a tile among their warps: the quickest where rows
+// or keys are few. Where there are warpgroups, 64 rows a block are the quickest while all blocks are at work at once, 128 beyond: these read
+// keys half as often, and begin and merge later. Elsewhere eight warps on 64 rows are quicker than four with two blocks at once while every
+// block has a multiprocessor and a few tiles.
 inline DecodeKernel choose_kernel(const Decode& d, int itemsize, const DecodeDevice& device) {
   const int rows = d.heads / d.kv_heads * d.q_len;
-  const int64_t keys = visited_keys(d), groups = int64_t{d.batch} * d.kv_heads;
+  const int64_t keys = visited_keys(d), groups = int64_t{d.batch} * d.kv_heads, blocks = groups * ((rows + 63) / 64);
   if (rows <= 16 || (keys <= 128 && groups * ((rows + 15) / 16) <= 2 * device.processors)) return DecodeKernel::kNarrow;
   if (itemsize > 2 || d.head_dim > 128) return DecodeKernel::kWide;
-  if (device.warpgroups && rows > 64 && keys >= (rows > 128 ? 2048 : 8192)) return DecodeKernel::kWarpgroups;
-  return keys <= 512 && groups * ((rows + 63) / 64) <= device.processors ? DecodeKernel::kWide : DecodeKernel::kMany;
+  if (device.warpgroups) {
+    const bool few = keys <= 512 ? blocks <= device.processors : rows <= 64 || (keys < 4096 && warpgroup_splits(device, blocks) >= 4);
+    return few ? DecodeKernel::kWarpgroup : DecodeKernel::kWarpgroups;
+  }
+  return keys <= 512 && blocks <= device.processors ? DecodeKernel::kWide : DecodeKernel::kMany;
 }
 
-// As many blocks as there are multiprocessors, twice as many small ones, and two tiles of keys or more for each: a cluster that finds no room
-// beside the others waits for all of them. A cluster merges up to 16 splits; more, where nothing else fills the device, take another launch.
+// As many blocks as there are multiprocessors, twice as many small ones, and a few tiles of keys for each: a cluster that finds no room
+// beside the others waits for all of them. A cluster merges up to 16 splits, 8 of warpgroups; more, where nothing else fills the device, take
+// another launch.
 inline void split_keys(Decode& d, DecodeKernel kernel, int itemsize, const DecodeDevice& device) {
   const int dim = d.head_dim <= 64 ? 64 : d.head_dim <= 128 ? 128 : 256, row_bytes = dim * itemsize;
   const int rows = d.heads / d.kv_heads * d.q_len, tile_rows = rows_of(kernel, row_bytes, itemsize);
-  const int64_t blocks = int64_t{d.batch} * d.kv_heads * ((rows + tile_rows - 1) / tile_rows);
-  const bool warpgroups = kernel == DecodeKernel::kWarpgroups;
-  const int least = warpgroups ? 128 : 2 * (row_bytes <= 256 ? 64 : row_bytes <= 512 ? 32 : 16);
-  const int resident = kernel == DecodeKernel::kNarrow && dim <= 128 ? 2 : 1;
-  const int64_t most = std::max<int64_t>(1, visited_keys(d) / least), wanted = int64_t{device.processors} * resident / blocks;
-  int64_t splits = std::max<int64_t>(1, std::min(most, wanted));
+  const int64_t blocks = int64_t{d.batch} * d.kv_heads * ((rows + tile_rows - 1) / tile_rows), keys = visited_keys(d);
   d.cluster = 1;
-  if (device.clusters && !warpgroups && splits > 1 && (splits <= kMostCluster || 2 * kMostCluster * blocks >= device.processors)) {
+  if (kernel == DecodeKernel::kWarpgroup && keys < 4096) {
+    d.splits = d.cluster = std::max<int64_t>(1, std::min({int64_t{kPortableCluster}, keys / 256, warpgroup_splits(device, blocks)}));
+    return;
+  }
+  const int least = by_warpgroups(kernel) ? 128 : 2 * (row_bytes <= 256 ? 64 : row_bytes <= 512 ? 32 : 16);
+  const int resident = kernel == DecodeKernel::kNarrow && dim <= 128 ? 2 : 1;
+  const int64_t most = std::max<int64_t>(1, keys / least), wanted = int64_t{device.processors} * resident / blocks;
+  int64_t splits = std::max<int64_t>(1, std::min(most, wanted));
+  if (device.clusters && !by_warpgroups(kernel) && splits > 1 && (splits <= kMostCluster || 2 * kMostCluster * blocks >= device.processors)) {
     while (2 * d.cluster <= std::min<int64_t>(splits, kMostCluster)) d.cluster *= 2;
     splits = d.cluster;
   }

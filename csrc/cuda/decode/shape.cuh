@@ -56,14 +56,20 @@ struct Mine {
 // Where a row of the group begins in q or out.
 template <typename T>
 __device__ __forceinline__ T* row_of(const Decode& d, const Strided& x, int batch, int kv_head, int row) {
-  const int head = head_of(d, row), query = row - head * d.q_len;
-  return static_cast<T*>(x.data) + batch * x.batch + (kv_head * (d.heads / d.kv_heads) + head) * x.head + query * x.row;
+  const int query = query_of_row(d, row), head = row - query * d.group;
+  return static_cast<T*>(x.data) + batch * x.batch + (kv_head * d.group + head) * x.head + query * x.row;
+}
+
+// Where a row's log-sum-exp goes in [batch, heads, q_len].
+__device__ __forceinline__ int64_t lse_of(const Decode& d, int batch, int kv_head, int row) {
+  const int query = query_of_row(d, row), head = row - query * d.group;
+  return (int64_t{batch} * d.heads + kv_head * d.group + head) * d.q_len + query;
 }
 
 template <class S>
 __device__ __forceinline__ void copy_queries(const Decode& d, uint8_t* to, int batch, int kv_head, int first_row) {
   using T = typename S::T;
-  const int unit = Mine<S>::unit(), rows = unit * 16 < d.head_dim * int(sizeof(T)) ? d.heads / d.kv_heads * d.q_len - first_row : 0;
+  const int unit = Mine<S>::unit(), rows = unit * 16 < d.head_dim * int(sizeof(T)) ? d.group * d.q_len - first_row : 0;
   const uint32_t target = shared_address(to);
 #pragma unroll 2
   for (int i = 0; i < S::kRows / Mine<S>::kStep; ++i) {
@@ -83,7 +89,7 @@ struct Work {
   bool holes = false;  // whether some node of the tree is none
 
   __device__ Work(const Decode& d, int64_t length, uint32_t used, int kv_head, int batch, int first_row, int split)
-      : d(d), kv_head(kv_head), batch(batch), first_row(first_row), rows(d.heads / d.kv_heads * d.q_len),
+      : d(d), kv_head(kv_head), batch(batch), first_row(first_row), rows(d.group * d.q_len),
         span(d, length, used, batch, split, first_row, S::kRows) {}
 
   // Keys and values of a tile; zeros for those that no query may see.
@@ -135,7 +141,7 @@ struct Work {
 
   // The query of a row; -1 for a row past the end, a query before the first key, and a node that is none.
   __device__ __forceinline__ int query_of(int row, const uint32_t* alive) const {
-    const int query = row - head_of(d, row) * d.q_len;
+    const int query = query_of_row(d, row);
     return row < rows && span.prefix + query >= 0 && (!holes || alive[query / 32] >> (query % 32) & 1) ? query : -1;
   }
 

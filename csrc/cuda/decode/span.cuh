@@ -11,13 +11,18 @@ struct Words {
   uint64_t first, second;
 };
 
-// A row's head in the group.
-__device__ __forceinline__ int head_of(const Decode& d, int row) {
-  const uint32_t head = uint64_t{uint32_t(row)} * d.q_inverse >> 32;  // or one more
-  return head * d.q_len > uint32_t(row) ? head - 1 : head;
+// Which query a row is; its head in the group is what is left.
+__device__ __forceinline__ int query_of_row(const Decode& d, int row) {
+  const uint32_t query = uint64_t{uint32_t(row)} * d.group_inverse >> 32;  // or one more
+  return query * d.group > uint32_t(row) ? query - 1 : query;
 }
 
 __device__ __forceinline__ int64_t length_of(const Decode& d, int batch) { return d.lengths ? d.lengths[batch] : d.length; }
+
+// What is no length that a request may have is none.
+__device__ __forceinline__ int length_within(const Decode& d, int64_t wanted) {
+  return static_cast<int>(wanted < 0 || wanted > d.capacity ? 0 : wanted);
+}
 
 // The ancestor words of a request, as is, or null.
 __device__ __forceinline__ const uint64_t* ancestors_of(const Decode& d, int batch) {
@@ -37,12 +42,10 @@ __device__ __forceinline__ uint32_t used_words(const Decode& d, uint32_t* scratc
   __syncthreads();
   const uint64_t* ancestors = ancestors_of(d, batch);
   uint32_t found = 0;
-  const int end = min(d.heads / d.kv_heads * d.q_len - first_row, rows) * d.words;
+  const int first = query_of_row(d, first_row) * d.words, last = (query_of_row(d, min(first_row + rows, d.group * d.q_len) - 1) + 1) * d.words;
 #pragma unroll 4
-  for (int n = threadIdx.x; n < end; n += threads) {
-    const int local = uint32_t(n) / uint32_t(d.words), row = first_row + local, word = n - local * d.words;
-    if (ancestors[int64_t{row - head_of(d, row) * d.q_len} * d.words + word]) found |= 1u << word;
-  }
+  for (int n = first + threadIdx.x; n < last; n += threads)
+    if (ancestors[n]) found |= 1u << uint32_t(n) % uint32_t(d.words);
   if (found) atomicOr(scratch, found);
   __syncthreads();
   return *scratch;
@@ -58,24 +61,24 @@ struct Span {
   int length, prefix;         // keys, and those before the new ones
   int low;                    // the first key that a window leaves, sinks aside
   int sink_tiles, window_tile;
-  int first, last;  // of this block's share, in tiles visited
+  int visited;      // tiles, by all blocks
+  int first, last;  // of this block's share
   uint32_t used;  // of used_words
 
   // wanted: length_of(d, batch). rows: of the block, from first_row on; what lies behind the last key that they may see without a tree is
   // not visited.
   __device__ Span(const Decode& d, int64_t wanted, uint32_t used, int batch, int split, int first_row, int rows) : d(d), used(used) {
-    length = static_cast<int>(wanted < 0 || wanted > d.capacity ? 0 : wanted);
+    length = length_within(d, wanted);
     table = d.block_table ? d.block_table + int64_t{batch} * d.table_width : nullptr;
     page_shift = table ? __ffsll(d.page) - 1 : 0;
     prefix = length - d.q_len;
     low = d.window < 0 ? 0 : max(0, prefix - d.window + 1);
     ancestors = ancestors_of(d, batch);
-    const int begin = first_row - head_of(d, first_row) * d.q_len;
-    const int newest = ancestors || begin + rows >= d.q_len ? d.q_len : begin + rows;
+    const int newest = ancestors ? d.q_len : min(d.q_len, query_of_row(d, first_row + rows - 1) + 1);
     const int tiles = (max(0, prefix + newest) + kKeys - 1) / kKeys;
     window_tile = low / kKeys;
     sink_tiles = min((d.sinks + kKeys - 1) / kKeys, window_tile);
-    const int visited = sink_tiles + max(0, tiles - window_tile);
+    visited = sink_tiles + max(0, tiles - window_tile);
     const int each = visited / d.splits, rest = visited - each * d.splits;
     first = each * split + min(split, rest);
     last = first + each + (split < rest);
@@ -86,11 +89,14 @@ struct Span {
   // The next visit, from this one on, to a tile of which something may be seen.
   __device__ __forceinline__ int next(int visit) const {
     if (used != ~0u)
-      for (; visit < last; ++visit) {
-        const int begin = tile(visit) * kKeys - prefix, end = begin + kKeys - 1;  // among the new keys
-        if (begin < 0 || used & (low_bits(end / 64 + 1) & ~low_bits(begin / 64))) break;
-      }
+      while (visit < last && !may_see(visit)) ++visit;
     return visit;
+  }
+
+  // Whether something of a visit's tile may be seen.
+  __device__ __forceinline__ bool may_see(int visit) const {
+    const int begin = tile(visit) * kKeys - prefix, end = begin + kKeys - 1;  // among the new keys
+    return begin < 0 || used & (low_bits(end / 64 + 1) & ~low_bits(begin / 64));
   }
 
   // Whether every query sees the whole tile.
@@ -108,12 +114,6 @@ struct Span {
     return !table || static_cast<uint32_t>(table[key >> page_shift]) < static_cast<uint32_t>(d.pages);
   }
 
-  // The query of a row; -1 for a row past the end, a query before the first key, and a node that is none.
-  __device__ __forceinline__ int query_of(int row) const {
-    const int query = row - head_of(d, row) * d.q_len;
-    return row < d.heads / d.kv_heads * d.q_len && prefix + query >= 0 && (!ancestors || node_alive(query)) ? query : -1;
-  }
-
   __device__ __forceinline__ bool node_alive(int node) const { return ancestors[int64_t{node} * d.words + node / 64] >> (node % 64) & 1; }
 
   // How far behind the prefix a query stands.
@@ -127,9 +127,6 @@ struct Span {
 
   // Whether a key is in the cache and before no window.
   __device__ __forceinline__ bool kept(int key) const { return key < length && (key >= low || key < d.sinks) && there(key); }
-
-  // Whether a key is a node's that is none.
-  __device__ __forceinline__ bool orphan(int key) const { return ancestors && key >= prefix && key < length && !node_alive(key - prefix); }
 
   // The words that hold the 64 new keys from `base` on. query: may be -1
   __device__ __forceinline__ Words words_of(int query, int base) const {

@@ -1,153 +1,231 @@
 // A few queries over a long cache: the queries of a group of heads share a tile, the keys are split over blocks, and the prefix is as
-// long as device memory says when the kernel runs.
+// long as device memory says when the kernel runs. What does not depend on that length is asked for before it has arrived.
 #pragma once
-#include <new>
-
-#include "../decode/join.cuh"
-#include "../decode/span.cuh"
-#include "consumer.cuh"
+#include "decode_copy.cuh"
 
 namespace sparse_attention::sm90 {
-
-struct CacheMaps {
-  CUtensorMap k, v;  // (column, 0, row of a page, head, page); without pages a request is one page
-};
-
-// The output leaves from registers: its memory holds another stage.
-template <int kDim, int kKeys, int kStages>
-struct CacheShape : Shape<kDim, kKeys, kStages> {
-  static constexpr bool kShare = true;
-};
-
-// One thread copies this block's key tiles in.
-template <class S>
-__device__ __forceinline__ void copy_cache(const Span<S::kKeys>& span, const CacheMaps& maps, Shared<S>& shared, int kv_head, int batch) {
-  const Decode& d = span.d;
-  const int rows = d.block_table ? min(S::kKeys, d.page) : S::kKeys, newest = (span.length - 1) / d.page;
-  Ring<S::kStages> ring;
-  const auto copy = [&](const CUtensorMap* map, uint8_t* to, uint64_t* barrier, int tile) {
-    barrier_expect(barrier, S::kBlocks * S::kKeyBlock);
-    for (int row = 0; row < S::kKeys; row += rows) {
-      int page = batch, at = tile * S::kKeys + row;
-      if (d.block_table) {
-        page = span.table[min(at / d.page, newest)];
-        page = min(max(page, 0), d.pages - 1), at %= d.page;
-      }
-#pragma unroll
-      for (int b = 0; b < S::kBlocks; ++b) tensor_load(to + b * S::kKeyBlock + row * 128, map, barrier, 64 * b, 0, at, kv_head, page);
-    }
-  };
-  for (int visit = span.next(span.first), following; visit < span.last; visit = following, ring.next()) {
-    const int tile = span.tile(visit), stage = ring.stage;
-    following = span.next(visit + 1);
-    barrier_wait(&shared.k_empty[stage], ring.phase ^ 1);
-    shared.mask[stage] = (span.full(tile) ? kFull : tile | kDead) | (following >= span.last ? kLast : 0);
-    copy(&maps.k, shared.k[stage], &shared.k_full[stage], tile);
-    barrier_wait(&shared.v_empty[stage], ring.phase ^ 1);
-    copy(&maps.v, shared.v[stage], &shared.v_full[stage], tile);
-  }
-}
-
-// One piece of code for all words of a tile: it comes from far away in a first call.
-template <int kKeys>
-__device__ __noinline__ uint64_t seen_by(const Span<kKeys>& span, int query, int base, Words words) {
-  return query < 0 ? 0 : span.seen(query, span.depth(query), base, words);
-}
 
 template <class S, typename T>
 struct Decoder : Attend<S, T, true, Decoder<S, T>> {
   using Base = Attend<S, T, true, Decoder>;
-  using Base::group, Base::lane, Base::out, Base::shared, Base::thread, Base::warp, Base::kChunk, Base::kChunks, Base::kScores, Base::kWide;
+  using Base::group, Base::lane, Base::most, Base::out, Base::scale_log2, Base::shared, Base::sum, Base::thread, Base::warp;
+  using Base::kChunk, Base::kChunks, Base::kScores, Base::kWide;
+  using Base::convert, Base::my_turn, Base::rescale, Base::score, Base::soften, Base::weigh, Base::your_turn;
+  static constexpr bool kTurns = S::kQueries > 64;  // two warpgroups take turns at the tensor cores
 
-  const Span<S::kKeys>& span;
+  const Place<S>& place;
+  const CacheMaps& maps;
   const Decode& d;
-  int query[2];    // of this thread's rows, or -1
+  const int length;
+  const bool has_words;
+  int word[2];  // of the ancestors of this thread's rows in shared memory: where that of key 0 would be
 
-  __device__ Decoder(const Span<S::kKeys>& span, Shared<S>& shared, float scale_log2) : Base(shared, scale_log2), span(span), d(span.d) {}
-
-  // Asked again where needed: registers are for the products.
-  __device__ __forceinline__ int batch() const { return blockIdx.z; }
-  __device__ __forceinline__ int rows() const { return d.heads / d.kv_heads * d.q_len; }
-  __device__ __forceinline__ int tiles() const { return (rows() + S::kQueries - 1) / S::kQueries; }
-  __device__ __forceinline__ int kv_head() const { return blockIdx.y / tiles(); }
-  __device__ __forceinline__ int tile() const { return tiles() - 1 - blockIdx.y % tiles(); }
-  __device__ __forceinline__ int row_of(int r) const { return S::kQueries * tile() + group * 64 + warp * 16 + lane / 4 + 8 * r; }
-
-  // This warpgroup's queries, as the tensor copy engine would lay them out; all asked for before one is waited for.
-  __device__ __forceinline__ void copy_queries() {
-    constexpr int kPieces = S::kDim / 8, kRows = 128 / kPieces;  // of 16 bytes, a row; at a time
-    const int piece = thread % kPieces;
-    uint4 values[64 / kRows];
+  __device__ Decoder(const Place<S>& place, const CacheMaps& maps, Shared<S>& shared, int length)
+      : Base(shared, place.d.scale * 1.4426950408889634f), place(place), maps(maps), d(place.d), length(length), has_words(place.has_words(length - d.q_len)) {
 #pragma unroll
-    for (int i = 0; i < 64 / kRows; ++i) {
-      const int at = S::kQueries * tile() + group * 64 + thread / kPieces + i * kRows;
-      const bool real = at < rows() && 8 * piece < d.head_dim;
-      values[i] = real ? *reinterpret_cast<const uint4*>(decoding::row_of<T>(d, d.q, batch(), kv_head(), at) + 8 * piece) : uint4{0, 0, 0, 0};
-    }
-#pragma unroll
-    for (int i = 0; i < 64 / kRows; ++i) {
-      const int local = group * 64 + thread / kPieces + i * kRows;
-      *reinterpret_cast<uint4*>(shared.q + piece / 8 * S::kQueryBlock + local * 128 + (piece % 8 ^ local % 8) * 16) = values[i];
-    }
-    fence_async();
-    named_sync<128>(4 + group);
+    for (int r = 0; r < 2; ++r) word[r] = (query(r) - place.first_query()) * (d.words + 1) - prefix() / 64;
   }
 
-  __device__ __forceinline__ void scored_last() {}
+  __device__ __forceinline__ int local(int r) const { return group * 64 + warp * 16 + lane / 4 + 8 * r; }
 
-  // Each thread works out what its two rows see of a tile: few tiles hold new keys or the end of a window.
-  __device__ __forceinline__ void hide(float (&s)[kScores], int mask) {
-    constexpr int kWords = S::kKeys / 64;
-    const int base = (mask & ~kDead) * S::kKeys - span.prefix;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      Words words[kWords];
-#pragma unroll
-      for (int w = 0; w < kWords; ++w) words[w] = span.words_of(query[r], base + 64 * w);
-#pragma unroll
-      for (int w = 0; w < kWords; ++w) this->hide_word(s, r, w, seen_by(span, query[r], base + 64 * w, words[w]));
+  __device__ __forceinline__ int prefix() const { return length - d.q_len; }
+
+  // Of one of this thread's two rows; past the end the last.
+  __device__ __forceinline__ int query(int r) const { return min(query_of_row(d, place.first_row + local(r)), d.q_len - 1); }
+
+  // Of 64 keys, those that one of this thread's rows sees. first: the number of the first one, in 64 keys
+  __device__ __forceinline__ uint64_t seen(int r, int first) const {
+    if (has_words) {
+      const int behind = first - prefix() / 64;  // the words of the prefix
+      return behind < 0 ? ~uint64_t{0} : behind <= d.words ? shared.words[word[r] + first] : 0;
     }
+    if (place.plain() && !d.ancestors) return low_bits(prefix() + query(r) + 1 - 64 * first);
+    return seen_anyhow<S::kKeys>(d, place.batch, length, query(r), 64 * first);
   }
 
+  // What is seen of a tile, where registers are left for it before the scores are there.
+  static constexpr int kWords = S::kKeys / 64;
+  static constexpr bool kEarly = kWords == 1;
+  using Bits = uint64_t[2];
+
+  __device__ __forceinline__ void look(Bits& bits, int mark) const {
+    if constexpr (kEarly)
+      if ((mark & kFull) != kFull)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) bits[r] = seen(r, mark & kFull);
+  }
+
+  __device__ __forceinline__ void hide(float (&s)[kScores], const Bits& bits, int mark) {
+    if ((mark & kFull) == kFull) return;
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) this->hide_word(s, r, w, kEarly ? bits[r] : seen(r, (mark & kFull) * kWords + w));
+  }
+
+  // Values that nobody sees become 0: their weight is 0, but they may be NaN.
   __device__ __forceinline__ void bury(int mask, int stage) {
-    for (int local = thread; local < S::kKeys; local += 128)
-      if (const int key = (mask & ~kDead) * S::kKeys + local; !span.kept(key) || span.orphan(key)) this->zero_value(local, stage);
+    constexpr int kPieces = S::kDim / 8, kStep = 128 / kPieces;  // of 16 bytes, a row; rows at a time
+    const int begin = (mask & kFull) * S::kKeys, piece = thread % kPieces;
+    const bool some = !place.plain() || shared.holes;  // not only those past the end
+    for (int local = (some ? 0 : max(0, length - begin)) + thread / kPieces; local < S::kKeys; local += kStep) {
+      const int key = begin + local;
+      if (!some || key >= length || (shared.holes && !is_alive<S>(d, shared, key - prefix())) ||
+          (!place.plain() && !kept_anyhow<S::kKeys>(d, place.batch, length, key)))
+        *reinterpret_cast<uint4*>(shared.v[stage] + piece / 8 * S::kKeyBlock + local * 128 + piece % 8 * 16) = uint4{0, 0, 0, 0};
+    }
     fence_async();
     named_sync<128>(4 + group);
   }
 
-  __device__ void run() {
-    Ring<S::kStages> k_ring, v_ring;
-    copy_queries();
+  __device__ __forceinline__ int wait_keys(const Ring<S::kStages>& ring) {
+    barrier_wait(&shared.k_full[ring.stage], ring.phase);
+    return shared.mask[ring.stage];
+  }
+
+  __device__ __forceinline__ void wait_values(const Ring<S::kStages>& ring, int mark) {
+    barrier_wait(&shared.v_full[ring.stage], ring.phase);
+    if (mark & kDead) bury(mark, ring.stage);
+  }
+
+  __device__ __forceinline__ void free(uint64_t* barriers, Ring<S::kStages>& ring) {
+    if (lane == 0) barrier_arrive(&barriers[ring.stage]);
+    ring.next();
+  }
+
+  __device__ __forceinline__ void pin_out() {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) query[r] = span.query_of(row_of(r));
+    for (int c = 0; c < kChunks; ++c) pin(out[c]);
+  }
+
+  // Scores of a tile are under way while those before become weights, and these are weighed while the scores do.
+  __device__ __forceinline__ void run() {
+    Ring<S::kStages> keys, values;
+    float s[kScores], worth[2];
+    uint32_t weights[S::kKeys / 16][4];
+    Bits bits;
     this->begin();
-    if (group == 1) this->your_turn();
-    if (span.next(span.first) < span.last) this->attend(k_ring, v_ring);
+    if (kTurns && group == 1) your_turn();
+    if (maps.boxed) barrier_wait(&shared.q_full, 0);
+    int mark = wait_keys(keys);
+    if (kTurns) my_turn();
+    score(s, keys.stage);
+    look(bits, mark);
+    products_wait<0>();
+    pin(s);
+    if (kTurns) your_turn();
+    free(shared.k_empty, keys);
+    hide(s, bits, mark);
+    soften(s, worth);
+    convert(weights, s);
+    while (!(mark & kLast)) {
+      const int earlier = mark;
+      mark = wait_keys(keys);
+      wait_values(values, earlier);
+      if (kTurns) my_turn();
+      score(s, keys.stage);
+      weigh(weights, values.stage);
+      if (kTurns) your_turn();
+      look(bits, mark);
+      products_wait<1>();
+      pin(s);
+      free(shared.k_empty, keys);
+        hide(s, bits, mark);
+      soften(s, worth);
+      pin(s);  // before the wait
+      products_wait<0>();
+      pin_out();
+      free(shared.v_empty, values);
+      convert(weights, s);
+      rescale(worth);
+    }
+    wait_values(values, mark);
+    weigh(weights, values.stage);
+    products_wait<0>();
+    pin_out();
     decoding::allow_next();
-    if (group == 0) this->my_turn();  // leaves no arrival behind
-    float keep[2], lse[2];
+    if (kTurns && group == 0) my_turn();  // leaves no arrival behind
+  }
+
+  // A row without a query, and one that saw nothing, is 0.
+  __device__ __forceinline__ void close_rows(float (&keep)[2], float (&lse)[2]) {
     this->close(keep, lse);
 #pragma unroll
+    for (int r = 0; r < 2; ++r)
+      if (prefix() + query(r) < 0 || !is_alive<S>(d, shared, query(r))) keep[r] = 0, lse[r] = -INFINITY;
+  }
+
+  // To the caller's tensors, through the memory of the queries.
+  __device__ __forceinline__ void write() {
+    constexpr int kPieces = S::kDim / 8;  // of 16 bytes, a row
+    float keep[2], lse[2];
+    close_rows(keep, lse);
+    named_sync<128>(4 + group);  // all have their last scores
+    uint8_t* const mine = shared.q + (group * 64 + warp * 16) * 128;
+    const auto kept = [&](float x, float y, int r) { return pack<T>(keep[r] == 0 ? 0 : x * keep[r], keep[r] == 0 ? 0 : y * keep[r]); };
+#pragma unroll
+    for (int j = 0; j < kPieces / 2; ++j) {
+      const float* x = &out[j / (kWide / 16)][j % (kWide / 16) * 8];
+      const uint32_t address = shared_address(mine) + j / 4 * S::kQueryBlock + lane % 16 * 128 + ((2 * j + lane / 16) % 8 ^ lane % 8) * 16;
+      store_matrices(address, kept(x[0], x[1], 0), kept(x[2], x[3], 1), kept(x[4], x[5], 0), kept(x[6], x[7], 1));
+    }
+    const int first = place.first_row + group * 64 + warp * 16, left = place.rows - first;
+    if (maps.boxed) {
+      fence_async();
+      __syncwarp();
+      if (lane == 0 && left > 0) {
+#pragma unroll
+        for (int b = 0; b < S::kBlocks; ++b)
+          tensor_store(&maps.out, mine + b * S::kQueryBlock, 64 * b, 0, query_of_row(d, first), place.kv_head, place.batch);
+        store_commit();
+        store_wait_read();
+      }
+    } else {
+      __syncwarp();
+      for (int n = lane; n < min(16, left) * kPieces; n += 32) {
+        const int at = n / kPieces, piece = n % kPieces;
+        if (8 * piece < d.head_dim)
+          *reinterpret_cast<uint4*>(decoding::row_of<T>(d, d.out, place.batch, place.kv_head, first + at) + 8 * piece) =
+              *reinterpret_cast<const uint4*>(mine + piece / 8 * S::kQueryBlock + at * 128 + (piece % 8 ^ at % 8) * 16);
+      }
+    }
+    if (lane % 4 || !d.lse) return;
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+      if (const int row = place.first_row + local(r); row < place.rows) d.lse[decoding::lse_of(d, place.batch, place.kv_head, row)] = lse[r];
+  }
+
+  // Of part_out and part_lse. part: which of those that `join` adds up
+  __device__ __forceinline__ int64_t part_row(int part, int row) const {
+    return ((int64_t{part} * d.batch + place.batch) * d.kv_heads + place.kv_head) * place.rows + row;
+  }
+
+  // To where `join` finds it.
+  __device__ __forceinline__ void write_part() {
+    float keep[2], lse[2];
+    close_rows(keep, lse);
+#pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int row = row_of(r);
-      if (row >= rows()) continue;
-      if (query[r] < 0) keep[r] = 0, lse[r] = -INFINITY;
-      d.splits == 1 ? write(r, row, keep[r], lse[r]) : write_part(r, row, keep[r], lse[r]);
+      if (place.first_row + local(r) >= place.rows) continue;
+      const int64_t at = part_row(place.split, place.first_row + local(r));
+      if (lane % 4 == 0) d.part_lse[at] = lse[r];
+      each(r, [&](int column, float x, float y) {
+        if (column < d.head_dim)
+          *reinterpret_cast<float2*>(d.part_out + at * d.head_dim + column) = float2{keep[r] == 0 ? 0 : x * keep[r], keep[r] == 0 ? 0 : y * keep[r]};
+      });
     }
   }
 
-  __device__ __forceinline__ void write(int r, int row, float keep, float lse) {
-    if (lane % 4 == 0 && d.lse) d.lse[(int64_t{batch()} * d.heads + kv_head() * (d.heads / d.kv_heads)) * d.q_len + row] = lse;
-    T* to = decoding::row_of<T>(d, d.out, batch(), kv_head(), row);
-    each(r, [&](int column, float x, float y) { *reinterpret_cast<uint32_t*>(to + column) = pack<T>(keep == 0 ? 0 : x * keep, keep == 0 ? 0 : y * keep); });
-  }
-
-  __device__ __forceinline__ void write_part(int r, int row, float keep, float lse) {
-    const int64_t at = ((int64_t{blockIdx.x} * d.batch + batch()) * d.kv_heads + kv_head()) * rows() + row;
-    if (lane % 4 == 0) d.part_lse[at] = lse;
-    float* to = d.part_out + at * d.head_dim;
-    each(r, [&](int column, float x, float y) { *reinterpret_cast<float2*>(to + column) = float2{keep == 0 ? 0 : x * keep, keep == 0 ? 0 : y * keep}; });
+  // To where the blocks of the cluster find it. Nobody uses the memory of tiles and queries any more.
+  __device__ __forceinline__ void show() {
+    float keep[2], lse[2];
+    close_rows(keep, lse);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      if (lane % 4 == 0) shared.ends()[local(r)] = {keep[r] == 0 ? -INFINITY : most[r] * scale_log2, keep[r] == 0 ? 0 : sum[r]};
+      float* const to = shared.floats() + local(r) * Shared<S>::kPitch;
+      each(r, [&](int column, float x, float y) { *reinterpret_cast<float2*>(to + column) = keep[r] == 0 ? float2{0, 0} : float2{x, y}; });
+    }
   }
 
   // Calls take(column, x, y) for each pair of columns of one of this thread's rows.
@@ -156,35 +234,75 @@ struct Decoder : Attend<S, T, true, Decoder<S, T>> {
 #pragma unroll
     for (int c = 0; c < kChunks; ++c)
 #pragma unroll
-      for (int i = 0; i < kChunk / 4; ++i) {
-        const int column = c * kWide + 8 * i + lane % 4 * 2;
-        if (column < d.head_dim) take(column, out[c][4 * i + 2 * r], out[c][4 * i + 2 * r + 1]);
-      }
+      for (int i = 0; i < kChunk / 4; ++i) take(c * kWide + 8 * i + lane % 4 * 2, out[c][4 * i + 2 * r], out[c][4 * i + 2 * r + 1]);
+  }
+
+  // The splits of a cluster, each block for some columns of some rows.
+  __device__ __forceinline__ void merge() {
+    constexpr int kQuads = S::kDim / 4, kThreads = 2 * S::kQueries;
+    const int step = d.cluster * kThreads, end = min(S::kQueries, place.rows - place.first_row) * kQuads;
+    for (int n = place.split % d.cluster * kThreads + 128 * group + thread; n < end; n += step) {
+      const int local = n / kQuads, column = n % kQuads * 4;
+      decoding::Merged all;
+      all.template add<8>(d.cluster, [&](int block) { return *decoding::of_block(&shared.ends()[local], block); },
+              [&](int block) { return *decoding::of_block(reinterpret_cast<const float4*>(shared.floats() + local * Shared<S>::kPitch + column), block); });
+      store(all, place.first_row + local, column);
+    }
+  }
+
+  __device__ __forceinline__ void store(const decoding::Merged& all, int row, int column) {
+    if (d.cluster == d.splits) {
+      if (column == 0 && d.lse) d.lse[decoding::lse_of(d, place.batch, place.kv_head, row)] = all.lse();
+      if (column < d.head_dim) all.store(decoding::row_of<T>(d, d.out, place.batch, place.kv_head, row) + column);
+    } else {
+      const int64_t at = part_row(place.split / d.cluster, row);
+      if (column == 0) d.part_lse[at] = all.lse();
+      if (column < d.head_dim) all.store(d.part_out + at * d.head_dim + column);
+    }
   }
 };
 
-// grid: (splits, kv_heads * query tiles, batch)
+// What a block does, from its first instruction on. Small things are asked for before the first tile, which others would wait behind.
 template <class S, typename T>
-__global__ void __launch_bounds__(S::kThreads, 1) decode(const __grid_constant__ CacheMaps maps, const __grid_constant__ Decode d, int tiles) {
-  extern __shared__ uint8_t raw[];
-  auto& shared = *reinterpret_cast<Shared<S>*>((reinterpret_cast<uintptr_t>(raw) + 1023) / 1024 * 1024);
-  auto& span = *reinterpret_cast<Span<S::kKeys>*>(shared.out);  // read rarely: registers are for the products
-  auto& used = *reinterpret_cast<uint32_t*>(shared.out + sizeof(span));
-  const int batch = blockIdx.z, kv_head = blockIdx.y / tiles, tile = tiles - 1 - blockIdx.y % tiles;  // those with most keys first
-  const uint32_t words = used_words(d, &used, batch, S::kQueries * tile, S::kQueries, S::kThreads);
+__device__ __forceinline__ void run_block(const Decode& d, const CacheMaps& maps, Shared<S>& shared) {
+  const Place<S> place(d);
+  const int64_t wanted = length_of(d, place.batch);
+  Helper<S, T> helper(place);
+  if (!maps.boxed) helper.copy_queries(shared);
   if (threadIdx.x == 0) {
-    init_barriers(shared);
-    new (shared.out) Span<S::kKeys>(d, length_of(d, batch), words, batch, blockIdx.x, S::kQueries * tile, S::kQueries);
+    init_cache_barriers(shared);
+    copy_first(place, maps, shared);
   }
-  __syncthreads();
+  __syncwarp();
+  threadIdx.x < 32 ? named_arrive<S::kThreads>(kBarriersReady) : named_sync<S::kThreads>(kBarriersReady);
+  const int length = length_within(d, wanted);
   if (threadIdx.x < 128) {
-    registers_fewer<40>();
-    if (threadIdx.x == 0) copy_cache<S>(span, maps, shared, kv_head, batch);
+    registers_fewer<S::kFewer>();
+    if (threadIdx.x >= 32) helper.keep(shared, length - d.q_len);
+    else if (threadIdx.x == 0) copy_cache(place, maps, shared, length);
+    __syncwarp();
+    if (d.cluster > 1) __syncthreads(), decoding::cluster_sync(), decoding::cluster_part();
   } else {
-    registers_more<232>();
-    Decoder<S, T> decoder(span, shared, d.scale * 1.4426950408889634f);
+    registers_more<S::kMore>();
+    helper.keep(shared, length - d.q_len);
+    Decoder<S, T> decoder(place, maps, shared, length);
     decoder.run();
+    if (d.cluster > 1) {
+      __syncthreads();
+      decoder.show();
+      decoding::cluster_sync();
+      decoder.merge();
+      decoding::cluster_part();  // nobody leaves while others read
+    } else {
+      d.splits == 1 ? decoder.write() : decoder.write_part();
+    }
   }
+}
+
+template <class S, typename T>
+__global__ void __launch_bounds__(S::kThreads, S::kResident) decode(const __grid_constant__ CacheMaps maps, const __grid_constant__ Decode d) {
+  extern __shared__ __align__(1024) uint8_t raw[];
+  run_block<S, T>(d, maps, *reinterpret_cast<Shared<S>*>(raw));
 }
 
 }  // namespace sparse_attention::sm90

@@ -2,6 +2,6 @@
 
 namespace sparse_attention::sm90 {
 
-int decode_f16(const Decode& d, void* stream) { return launch_decode<__half>(d, static_cast<cudaStream_t>(stream)); }
+int decode_f16(const Decode& d, DecodeKernel kernel, void* stream) { return launch_decode<__half>(d, kernel, static_cast<cudaStream_t>(stream)); }
 
 }  // namespace sparse_attention::sm90

@@ -13,7 +13,7 @@ void run_all(const Decode& d, int seed) {
   const std::unique_ptr<uint8_t, void (*)(void*)> memory(static_cast<uint8_t*>(std::aligned_alloc(128, kBytes * d.cluster)), std::free);
   sm80::shared_memory = memory.get(), shared_bytes = kBytes;
   std::mt19937 random(seed);
-  const int rows = d.heads / d.kv_heads * d.q_len, tiles = (rows + S::kRows - 1) / S::kRows;
+  const int rows = d.group * d.q_len, tiles = (rows + S::kRows - 1) / S::kRows;
   for (uint32_t split = 0; split < uint32_t(d.splits); split += d.cluster)
     for (uint32_t y = 0; y < uint32_t(d.kv_heads * tiles); ++y)
       for (uint32_t z = 0; z < uint32_t(d.batch); ++z) {

@@ -14,40 +14,37 @@ CUtensorMap map_of(const Strided& x, int head_dim, int heads, int batch, int len
   return {static_cast<uint8_t*>(x.data), {head_dim, residues, steps, heads, batch}, {1, x.row, x.row * stride, x.head, x.batch}, rows};
 }
 
-// Runs `body(shared)` in every thread of one block whose shared memory begins as NaN.
+// As decode_launch.cuh has it: boxes of rows that are query by query.
+CUtensorMap rows_of(const Strided& x, const Decode& d, int rows) {
+  return {static_cast<uint8_t*>(x.data), {d.head_dim, d.group, d.q_len, d.kv_heads, d.batch}, {1, x.head, x.row, x.head * d.group, x.batch}, rows, d.group};
+}
+
+// Runs `body(shared)` in every thread of one block, or of a cluster of them, whose shared memory begins as NaN.
 template <class Memory, class Body>
-void run_block(int threads, int seed, Body body) {
-  const std::unique_ptr<uint8_t, void (*)(void*)> memory(static_cast<uint8_t*>(std::aligned_alloc(1024, sizeof(Memory))), std::free);
-  shared_memory = memory.get();
-  std::memset(shared_memory, 0xFF, sizeof(Memory));
-  new_block(threads, seed);
+void run_block(int threads, int seed, Body body, int blocks = 1) {
+  const std::unique_ptr<uint8_t, void (*)(void*)> memory(static_cast<uint8_t*>(std::aligned_alloc(1024, blocks * sizeof(Memory))), std::free);
+  sm80::shared_memory = shared_memory = memory.get(), decoding::shared_bytes = sizeof(Memory);
+  std::memset(shared_memory, 0xFF, blocks * sizeof(Memory));
+  new_block(threads * blocks, seed);
   std::mt19937 random(seed);
-  auto& shared = *reinterpret_cast<Memory*>(shared_memory);
-  host::run_block(threads, random, [&] { body(shared); });
+  host::run_block(threads, random, [&] { body(reinterpret_cast<Memory*>(shared_memory)[host::current / threads]); }, blocks);
   if (!engine.copies.empty()) throw std::runtime_error("a copy was never waited for");
   for (const auto& [id, at] : engine.named)
     if (at.arrived) throw std::runtime_error("an arrival is left at a named barrier");
 }
 
 template <class S>
-void decode_all(const Decode& d, const CacheMaps& maps, int seed) {
-  const int rows = d.heads / d.kv_heads * d.q_len, tiles = (rows + S::kQueries - 1) / S::kQueries;
-  for (uint32_t split = 0; split < uint32_t(d.splits); ++split)
+void decode_all(const Decode& d, int seed) {
+  const int tiles = (d.group * d.q_len + S::kQueries - 1) / S::kQueries, box = std::min(S::kKeys, d.block_table ? d.page : S::kKeys);
+  const CacheMaps maps{map_of(d.k, d.head_dim, d.kv_heads, d.pages, d.page, 1, false, box),
+                       map_of(d.v, d.head_dim, d.kv_heads, d.pages, d.page, 1, false, box), rows_of(d.q, d, S::kQueries), rows_of(d.out, d, 16), 16 % d.group == 0};
+  for (uint32_t split = 0; split < uint32_t(d.splits); split += d.cluster)
     for (uint32_t y = 0; y < uint32_t(d.kv_heads * tiles); ++y)
       for (uint32_t batch = 0; batch < uint32_t(d.batch); ++batch) {
         blockIdx = {split, y, batch};
-        const int tile = tiles - 1 - y % tiles;
-        uint32_t used;
-        run_block<Shared<S>>(S::kThreads, seed++, [&](Shared<S>& shared) {
-          const uint32_t words = used_words(d, &used, batch, S::kQueries * tile, S::kQueries, S::kThreads);
-          const Span<S::kKeys> span(d, length_of(d, batch), words, batch, split, S::kQueries * tile, S::kQueries);
-          if (threadIdx.x == 0) init_barriers(shared);
-          __syncthreads();
-          if (threadIdx.x >= 128) return Decoder<S, __nv_bfloat16>(span, shared, d.scale * 1.4426950408889634f).run();
-          if (threadIdx.x == 0) copy_cache<S>(span, maps, shared, y / tiles, batch);
-        });
+        run_block<Shared<S>>(S::kThreads, seed++, [&](Shared<S>& shared) { run_block<S, __nv_bfloat16>(d, maps, shared); }, d.cluster);
       }
-  if (d.splits > 1) join_all<__nv_bfloat16>(d, seed);
+  if (d.splits > d.cluster) join_all<__nv_bfloat16>(d, seed);
 }
 
 template <class S, Merge kMerge, bool kBury, bool kHalves = false>
@@ -89,17 +86,11 @@ int guarded(F run) {
 
 }  // namespace
 
-extern "C" __attribute__((visibility("default"))) int decode(void** pointers, const int64_t* strides, const int32_t* sizes, float scale, int seed) {
+extern "C" __attribute__((visibility("default"))) int decode(void** pointers, const int64_t* strides, const int32_t* sizes, float scale, int rows, int seed) {
   const Decode d = decode_of(pointers, strides, sizes, scale);
   return guarded([&] {
-    const auto all = [&]<class S>(S) {
-      const int box = std::min(S::kKeys, d.block_table ? d.page : S::kKeys);
-      const CacheMaps maps{map_of(d.k, d.head_dim, d.kv_heads, d.pages, d.page, 1, false, box),
-                           map_of(d.v, d.head_dim, d.kv_heads, d.pages, d.page, 1, false, box)};
-      decode_all<S>(d, maps, seed);
-    };
-    if (d.head_dim <= 64) all(CacheShape<64, 128, 4>{});
-    else all(CacheShape<128, 128, 3>{});
+    if (rows == 64) d.head_dim <= 64 ? decode_all<CacheShape<64, 64, 64, 5, 1088>>(d, seed) : decode_all<CacheShape<64, 128, 64, 3, 80>>(d, seed);
+    else d.head_dim <= 64 ? decode_all<CacheShape<128, 64, 128, 4, 2176>>(d, seed) : decode_all<CacheShape<128, 128, 128, 3, 320>>(d, seed);
   });
 }
 

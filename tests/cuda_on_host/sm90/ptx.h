@@ -8,7 +8,7 @@
 struct CUtensorMap {
   uint8_t* data;
   int64_t sizes[5], strides[5];  // in elements; of (column, residue, step, head, batch)
-  int rows;                      // of a box
+  int rows, beside = 1;          // of a box; of them those of one step
 };
 
 namespace sparse_attention::sm90 {
@@ -62,7 +62,7 @@ inline void barrier_wait(uint64_t* barrier, uint32_t phase) {
 }
 
 inline void named_arrive_at(int id, int threads, bool wait) {
-  host::Meeting& at = engine.named[id];
+  host::Meeting& at = engine.named[id + 16 * (host::current / host::block.threads)];
   if (wait) return host::meet(at, threads, [] {});
   ++host::block.meetings;
   if (++at.arrived == threads) at.arrived = 0, ++at.epoch;
@@ -97,7 +97,7 @@ template <class F>
 void box(const CUtensorMap& map, uint32_t base, int column, int residue, int step, int head, int batch, F each) {
   for (int r = 0; r < map.rows; ++r)
     for (int c = 0; c < 64; ++c) {
-      const int64_t at[5] = {column + c, residue, step + r, head, batch};
+      const int64_t at[5] = {column + c, residue + r % map.beside, step + r / map.beside, head, batch};
       int64_t offset = 0;
       bool inside = true;
       for (int d = 0; d < 5; ++d) inside &= at[d] >= 0 && at[d] < map.sizes[d], offset += at[d] * map.strides[d];
@@ -176,8 +176,8 @@ struct Product {
 // By the 128 threads of a warpgroup: c (+)= left[64, 16] right(column, k).
 template <int kColumns, class Right>
 void multiply(Product& mine, Right right) {
-  const int group = threadIdx.x / 128;
-  engine.brought[threadIdx.x] = &mine;
+  const int group = host::current / 128;
+  engine.brought[host::current] = &mine;
   host::meet(engine.warpgroups[group], 128, [&] {
     Product** const l = reinterpret_cast<Product**>(&engine.brought[128 * group]);
     static float a[64][16], b[kColumns][16];
@@ -228,4 +228,4 @@ inline void new_block(int threads, int seed) {
 
 }  // namespace sparse_attention::sm90
 
-inline void __syncwarp(unsigned) { host::meet(sparse_attention::sm90::engine.quads[threadIdx.x / 4], 4, [] {}); }
+inline void __syncwarp(unsigned) { host::meet(sparse_attention::sm90::engine.quads[host::current / 4], 4, [] {}); }

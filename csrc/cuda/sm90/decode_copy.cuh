@@ -1,0 +1,121 @@
+// How a block's queries and key tiles come, and what is said of each tile: one thread's work.
+#pragma once
+#include "decode_block.cuh"
+
+namespace sparse_attention::sm90 {
+
+struct CacheMaps {
+  CUtensorMap k, v;    // (column, 0, row of a page, head, page); without pages a request is one page
+  CUtensorMap q, out;  // (column, head of the group, query, KV head, request), in boxes of a block's rows and of 16,
+  int32_t boxed;       // where 16 rows are whole queries
+};
+
+// Which tiles a block visits: every `splits`-th, so that its first ones do not depend on the length; and what is to be hidden of them.
+template <class S>
+struct Visits {
+  Span<S::kKeys> span;
+  const Place<S>& place;
+  const bool plain;
+  const int last;
+  bool holes = false;
+
+  __device__ Visits(const Place<S>& place, int length)
+      : span(place.d, length, ~0u, place.batch, 0, place.first_row, S::kQueries), place(place), plain(place.plain()),
+        last(max(span.visited, place.split + 1)) {}
+
+  // The next visit, from this one on, to a tile of which something may be seen.
+  __device__ __forceinline__ int next(int visit) const {
+    if (span.used != ~0u)
+      while (visit < last && !span.may_see(visit)) visit += place.d.splits;
+    return visit;
+  }
+
+  // There always is a first one: a block without keys finds that it sees none of this tile's.
+  __device__ __forceinline__ int first() const {
+    const int visit = plain ? place.split : next(place.split);
+    return visit < last ? visit : place.split;
+  }
+
+  __device__ __forceinline__ bool is_new(int visit) const { return (span.tile(visit) + 1) * S::kKeys > span.prefix; }
+
+  // Whether a tile holds keys that nobody sees and whose values may be anything.
+  __device__ __forceinline__ bool is_dead(int tile) const {
+    const int begin = tile * S::kKeys, end = begin + S::kKeys;
+    if (end > span.length || (holes && end > span.prefix)) return true;
+    if (plain) return false;
+    if (begin < span.low && end > place.d.sinks) return true;
+    for (int key = begin; span.table && key < end; key += place.d.page)
+      if (!span.there(key)) return true;
+    return false;
+  }
+
+  __device__ __forceinline__ int mark(int visit) const {
+    const int tile = span.tile(visit);
+    return (plain ? !is_new(visit) : span.full(tile)) ? kFull : tile | (is_dead(tile) ? kDead : 0);
+  }
+};
+
+// One thread copies keys or values of a tile in.
+template <class S>
+__device__ __forceinline__ void copy_tile(const Place<S>& place, const CUtensorMap* map, uint8_t* to, uint64_t* barrier, int tile, int length = 0) {
+  const Decode& d = place.d;
+  const int rows = d.block_table ? min(S::kKeys, d.page) : S::kKeys;
+  barrier_expect(barrier, S::kBlocks * S::kKeyBlock);
+  for (int row = 0; row < S::kKeys; row += rows) {
+    int page = place.batch, at = tile * S::kKeys + row;
+    if (d.block_table) {
+      page = d.block_table[int64_t{place.batch} * d.table_width + max(0, min(at, length - 1)) / d.page];
+      page = min(max(page, 0), d.pages - 1), at %= d.page;
+    }
+#pragma unroll
+    for (int b = 0; b < S::kBlocks; ++b) tensor_load(to + b * S::kKeyBlock + row * 128, map, barrier, 64 * b, 0, at, place.kv_head, page);
+  }
+}
+
+// The queries, and the first tile where it is known.
+template <class S>
+__device__ __forceinline__ void copy_first(const Place<S>& place, const CacheMaps& maps, Shared<S>& shared) {
+  if (maps.boxed) {
+    barrier_expect(&shared.q_full, S::kBlocks * S::kQueryBlock);
+#pragma unroll
+    for (int b = 0; b < S::kBlocks; ++b)
+      tensor_load(shared.q + b * S::kQueryBlock, &maps.q, &shared.q_full, 64 * b, 0, place.first_query(), place.kv_head, place.batch);
+  }
+  if (!place.plain()) return;
+  copy_tile(place, &maps.k, shared.k[0], &shared.k_full[0], place.split);
+  copy_tile(place, &maps.v, shared.v[0], &shared.v_full[0], place.split);
+}
+
+// One thread copies this block's key tiles in, and says of each what is to be hidden. The first may be on its way.
+template <class S>
+__device__ __forceinline__ void copy_cache(const Place<S>& place, const CacheMaps& maps, Shared<S>& shared, int length) {
+  Ring<S::kStages> ring;
+  Visits<S> visits(place, length);
+  bool there = visits.plain, words = !place.d.ancestors;
+  shared.holes = false;
+  const auto wait_words = [&] {  // which of the new keys somebody sees
+    barrier_wait(&shared.words_full, 0);
+    uint32_t used = 0;
+    for (int w = 0; w < S::kHelpers / 32; ++w) used |= shared.used[w], visits.holes |= shared.missing[w] != 0;
+    shared.holes = visits.holes, visits.span.used = used, words = true;
+  };
+  if (!words && !there) wait_words();
+  for (int visit = visits.first(), following; visit < visits.last; visit = following, ring.next(), there = false) {
+    const int stage = ring.stage;
+    if (!there) {
+      barrier_wait(&shared.k_empty[stage], ring.phase ^ 1);
+      copy_tile(place, &maps.k, shared.k[stage], &shared.k_full[stage], visits.span.tile(visit), visits.span.length);
+    }
+    following = visit + place.d.splits;
+    if (!words && visits.is_new(min(following, visits.last - 1))) wait_words();
+    following = visits.next(following);
+    shared.mask[stage] = visits.mark(visit) | (following >= visits.last ? kLast : 0);
+    barrier_arrive(&shared.k_full[stage]);
+    if (!there) {
+      barrier_wait(&shared.v_empty[stage], ring.phase ^ 1);
+      copy_tile(place, &maps.v, shared.v[stage], &shared.v_full[stage], visits.span.tile(visit), visits.span.length);
+    }
+  }
+}
+
+}  // namespace sparse_attention::sm90
