@@ -145,6 +145,18 @@ def test_float32(small, head_dim):
         small.check(q, k, v, torch.tensor([length]), ancestors=bits(TREE), splits=splits, cluster=cluster)
 
 
+def test_float32_is_off_by_at_most_twice_what_pytorch_is(small):
+    q, k, v = (x.float() + torch.randn(x.shape, generator=torch.Generator().manual_seed(1)) * 1e-3 for x in tensors(1, 4, 1, 5, 900, 64))
+    lengths = torch.tensor([900])
+    right, right_lse = reference(q, k, v, lengths)
+    seen = torch.ones(5, 900, dtype=torch.bool).tril(895)
+    theirs = torch.nn.functional.scaled_dot_product_attention(q, k.expand(1, 4, -1, -1), v.expand(1, 4, -1, -1), attn_mask=seen)
+    out, lse = small(q, k, v, lengths)
+    mine, allowed = ((x.double() - right).square().mean().sqrt() for x in (out, theirs))
+    assert mine <= 2 * allowed, f"off by {float(mine):.2e} where PyTorch is by {float(allowed):.2e}"
+    assert (lse.double() - right_lse).abs().max() < 4e-6
+
+
 @pytest.mark.parametrize("cluster", (2, 3, 9))
 def test_blocks_of_a_cluster_merge(engine, cluster):
     q, k, v = tensors(2, 6, 2, 7, 330, 64)

@@ -63,7 +63,7 @@ struct Products {
   }
 };
 
-// A float32 as two of TF32, and c += a b without the product of the small ones: about float32's own error.
+// A float32 as two of TF32. Of the four products of two such pairs that of the small parts is left out: about float32's own error.
 struct Halves {
   uint32_t big[4], small[4];
   __device__ __forceinline__ void set(int i, float x) {
@@ -72,11 +72,24 @@ struct Halves {
   }
 };
 
-__device__ __forceinline__ void multiply_single(float (&c)[4], const Halves& a, float b0, float b1) {
-  const uint32_t big0 = to_tf32(b0), big1 = to_tf32(b1);
-  multiply_tf32(c, a.small, big0, big1);
-  multiply_tf32(c, a.big, to_tf32(b0 - as_float(big0)), to_tf32(b1 - as_float(big1)));
-  multiply_tf32(c, a.big, big0, big1);
+struct Pair {
+  uint32_t big[2], small[2];
+  __device__ __forceinline__ Pair(float x, float y) : big{to_tf32(x), to_tf32(y)}, small{to_tf32(x - as_float(big[0])), to_tf32(y - as_float(big[1]))} {}
+};
+
+// What tensor cores add to is cut off and not rounded, which adds up: so the products with small parts have a sum of their own,
+__device__ __forceinline__ void multiply_single(float (&c)[4], float (&little)[4], const Halves& a, const Pair& b) {
+  multiply_tf32(little, a.small, b.big[0], b.big[1]);
+  multiply_tf32(little, a.big, b.small[0], b.small[1]);
+  multiply_tf32(c, a.big, b.big[0], b.big[1]);
+}
+
+// and what is added to all the way is added to outside of them.
+__device__ __forceinline__ void add_single(float (&c)[4], const Halves& a, const Pair& b) {
+  float part[4] = {};
+  multiply_single(part, part, a, b);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) c[i] += part[i];
 }
 
 // float32: steps of 8. Column c of a step's weights is key 2 c, column c + 4 the one after: no lane needs another's.
@@ -111,6 +124,7 @@ struct Products<S, true> {
   }
 
   __device__ __forceinline__ void score(float (&s)[S::kMine / 8][4], const Queries& held, const uint8_t* queries, const uint8_t* stage) const {
+    float little[S::kMine / 8][4] = {};
 #pragma unroll
     for (int x = 0; x < kSteps; ++x) {
       uint32_t raw[4];
@@ -121,23 +135,41 @@ struct Products<S, true> {
 #pragma unroll
       for (int j = 0; j < S::kMine / 8; ++j) {
         const int row = key + 8 * j + lane / 4, column = 8 * x + lane % 4;
-        multiply_single(s[j], a, at(stage, row, column), at(stage, row, column + 4));
+        multiply_single(s[j], little[j], a, Pair(at(stage, row, column), at(stage, row, column + 4)));
       }
     }
+#pragma unroll
+    for (int j = 0; j < S::kMine / 8; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) s[j][i] += little[j][i];
   }
 
   __device__ __forceinline__ void weigh(float (&out)[S::kDim / 8][4], const float (&s)[S::kMine / 8][4], const uint8_t* stage) const {
-    const uint8_t* values = stage + S::kStage / 2;
+    const uint8_t* values = stage + S::kStage / 2 + (key + lane % 4 * 2) * S::kPitch + lane / 4 * 4;
+    constexpr int kTogether = S::kMine / 8 < 2 ? 1 : 2;
+#pragma unroll 1
+    for (int first = 0; first < S::kMine / 8; first += kTogether) {
+      Halves a[kTogether];
 #pragma unroll
-    for (int x = 0; x < S::kMine / 8; ++x) {
-      Halves a;
+      for (int x = 0; x < kTogether; ++x)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) a.set(i, s[x][i % 2 * 2 + i / 2]);
+        for (int i = 0; i < 4; ++i) {
+          float weight = s[x][i % 2 * 2 + i / 2];
+#pragma unroll
+          for (int y = kTogether; y < S::kMine / 8; y += kTogether) weight = first == y ? s[y + x][i % 2 * 2 + i / 2] : weight;
+          a[x].set(i, weight);
+        }
 #pragma unroll
       for (int j = 0; j < S::kDim / 8; ++j) {
-        const int row = key + 8 * x + lane % 4 * 2, column = 8 * j + lane / 4;
-        multiply_single(out[j], a, at(values, row, column), at(values, row + 1, column));
+        float part[4] = {};
+#pragma unroll
+        for (int x = 0; x < kTogether; ++x) {
+          multiply_single(part, part, a[x], Pair(at(values, 8 * x, 8 * j), at(values, 8 * x + 1, 8 * j)));
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) out[j][i] += part[i];
       }
+      values += 8 * kTogether * S::kPitch;
     }
   }
 };

@@ -34,8 +34,12 @@ inline void multiply_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, ui
         if (i < 2) right[lane / 4][lane % 4 + 4 * i] = as_float(l[lane]->b[i]);
       }
     for (int lane = 0; lane < 32; ++lane)
-      for (int i = 0; i < 4; ++i)
-        for (int k = 0; k < 8; ++k) l[lane]->c[i] += left[lane / 4 + i / 2 * 8][k] * right[lane % 4 * 2 + i % 2][k];
+      for (int i = 0; i < 4; ++i) {
+        double sum = l[lane]->c[i];
+        for (int k = 0; k < 8; ++k) sum += double(left[lane / 4 + i / 2 * 8][k]) * right[lane % 4 * 2 + i % 2][k];
+        const float nearest = static_cast<float>(sum);  // tensor cores cut off
+        l[lane]->c[i] = std::fabs(double{nearest}) > std::fabs(sum) ? std::nextafterf(nearest, 0) : nearest;
+      }
   });
 }
 
