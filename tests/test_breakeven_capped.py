@@ -202,6 +202,21 @@ def test_equal_clock(rival, ours, factor):
     assert pair.counted_s == pytest.approx(2.0 * factor) and pair.counted_s <= pair.baseline.seconds
 
 
+@pytest.mark.parametrize("rival, ours, kept", [(1500, 1500, True), (1500, None, False), (None, 1500, False), (None, None, True)])
+def test_a_cap_counts_where_one_side_alone_was_counted(rival, ours, kept):
+    """Its half says nothing of it: as long as the other's clock is known too, the pair is compared at equal clock."""
+    samples = sampling.Samples()
+    halves = [Half(2.0, speed=1500, average=x, capped="" if x is None else "power cap") for x in (rival, ours)]
+    samples.add(Pair(*halves), 1980)
+    assert samples.clean == [kept] and (kept or samples.disturbed == {"throttled (power cap)": 1})
+
+
+def test_a_limit_is_no_side_that_could_be_counted():
+    samples = sampling.Samples()
+    samples.add(Pair(Half(2.0), Half(1.0, speed=1700, average=1700.0, capped="power cap")), 1980)
+    assert samples.clean == [True]
+
+
 def record(ratio, share, blocks=6, floor=1.0):
     found = Record(case("x", floor=floor), {"status": "ok", "baselines": {"sdpa": 1.0}})
     for number in range(blocks):
@@ -221,6 +236,16 @@ def test_the_bound_lets_pass_and_what_was_measured_fails(ratio, verdict, reason,
     assert found.speedup == pytest.approx(0.75 * ratio, rel=0.01), "the speedup shown is the bound"
     judged = judge_record(record(ratio, 0.75), policy)
     assert not (judged.verdict is Verdict.NOT_EVALUATED and (judged.more or judged.suspect)), "no time goes into it"
+
+
+@pytest.mark.parametrize("policy", [Sequential((2, 4)), TwoStage(2, 0.05, 4, 0.01)])
+def test_while_what_was_measured_is_undecided_more_is_measured(policy):
+    """Below at equal clock by its first look; as measured on both sides of the floor."""
+    undecided = record(0.9995, 0.75, blocks=2)
+    judged = judge_record(undecided, policy)
+    assert judged.more and judged.verdict is Verdict.INCONCLUSIVE
+    assert result(undecided, policy).verdict is Verdict.NOT_EVALUATED, "out of time"
+    assert result(record(0.97, 0.75, blocks=6), policy).verdict is Verdict.FAIL
 
 
 @pytest.mark.parametrize("ratio, share, verdict", [

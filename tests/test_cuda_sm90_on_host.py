@@ -88,6 +88,19 @@ def test_a_half_passes_over_what_the_other_half_sees(library, seed):
     assert is_right(q, k, v, mask, *forward(library, q, k, v, sa.Dense(), 64, words, (order | same[order]).int(), seed))
 
 
+def test_turns_go_on_over_items_whose_halves_are_alike(library):
+    """Six of them in a row for each of three blocks, with items between that take no turns, in several orders of threads."""
+    tiles, heads = 3, 24
+    q, k, v = tensors(1, heads, 1, 128, 64 * tiles, 64)
+    seen = torch.ones(heads, 2, tiles, dtype=torch.bool)
+    seen[18:, 1, 1:] = False
+    words = (seen.long() << torch.arange(tiles)).sum(2, keepdim=True)
+    mask = seen.repeat_interleave(64, 1).repeat_interleave(64, 2)
+    order = torch.tensor([head if head >= 18 else head | 1 << 30 for head in (*range(9), *range(18, 24), *range(9, 18))]).int()
+    for seed in range(4):
+        assert is_right(q, k, v, mask, *forward(library, q, k, v, sa.Dense(), 64, words, order, seed))
+
+
 def test_nan_where_nobody_looks(library):
     q, k, v = tensors(1, 1, 1, 30, 300, 64)
     mask = sa.SlidingWindow(50).mask(30, 300, 1)

@@ -115,6 +115,8 @@ std::tuple<Tensor, Tensor> tile_forward(const Tensor& q_in, const Tensor& k_in, 
     f.lse = with_lse ? lse.data_ptr<float>() : nullptr;
     f.kept = part.kept.get();
     f.tables = part.tables(q.size(0));
+    TORCH_CHECK_VALUE(int64_t{f.tables.batch} * f.tables.n_work < int64_t{1} << 29, "q has ", f.tables.batch, " times ", f.tables.n_work,
+                      " tiles of ", kTileQueries, " queries, expected less than ", int64_t{1} << 29, " in all");
     if (filter) filter->apply(f.tables, part), f.tables.ticket = ticket.data_ptr<int32_t>();
     f.batch = q.size(0), f.heads = q.size(1), f.kv_heads = k.size(1);
     f.q_len = layout.q_len, f.kv_len = layout.kv_len, f.head_dim = q.size(3);

@@ -51,6 +51,10 @@ class Clock:
         """
         return None
 
+    def capped(self) -> str:
+        """What held the device's clock back in the last timed half, if that matters only where `average_speed` is not known of both sides."""
+        return ""
+
     def unfinished(self, call: Callable[[], Any]) -> tuple[float, float] | None:
         """Seconds until a call was over for whoever waits for it as `time` does, and until the whole device was idle."""
         return None

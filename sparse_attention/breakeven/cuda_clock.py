@@ -107,8 +107,11 @@ class CudaClock(Clock):
         """
         if self._reading is None:
             return ""
-        capped = self._average is None and self._reading.power_capped and self._reading.sm_mhz < 0.9 * max(r.sm_mhz for r in self._seen)
-        return self._reading.hard or ("power cap" if capped else "")
+        return self._reading.hard or ("" if self._average else self.capped())
+
+    def capped(self) -> str:
+        deep = self._reading and self._reading.power_capped and self._reading.sm_mhz < 0.9 * max(r.sm_mhz for r in self._seen)
+        return "power cap" if deep else ""
 
     def average_speed(self) -> float | None:
         return self._average

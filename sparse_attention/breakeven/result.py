@@ -110,12 +110,17 @@ def judge_record(record: Record, policy: Policy) -> Judgement:
 
 
 def _judged(record: Record, policy: Policy, rule: Callable[..., Judgement]) -> Judgement:
-    """What is counted at equal clock bounds the speedup from below: it lets a case pass, but fails none that is not below as measured."""
+    """What is counted at equal clock bounds the speedup from below: it lets a case pass, but fails none that is not below as measured. As
+    long as either may still say so, more is measured.
+    """
     found = rule(block_logs(record), record.case.floor, policy)
     if not _below(found) or not any(block.counted_s for block in record.blocks):
         return found
-    if _below(rule(block_logs(record, counted=False), record.case.floor, policy)):
+    measured = rule(block_logs(record, counted=False), record.case.floor, policy)
+    if found.more and measured.verdict is not Verdict.PASS or _below(measured) and not measured.more:
         return found
+    if rule is judge and measured.more:
+        return replace(found, verdict=measured.verdict, more=measured.more, suspect=measured.suspect, reason=measured.reason)
     return replace(found, verdict=Verdict.NOT_EVALUATED, more=0, suspect=False, reason=ONLY_COUNTED)
 
 

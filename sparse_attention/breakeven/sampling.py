@@ -56,7 +56,7 @@ class Samples:
     def add(self, pair: Pair, fastest: float) -> None:
         """Keep a pair; `fastest` is the fastest clock of the block."""
         slow = min(pair.speeds, default=fastest) < LEAST_SPEED * fastest
-        cause = pair.candidate.disturbed or pair.baseline.disturbed or ("slow clock" if slow else "")
+        cause = pair.candidate.disturbed or pair.baseline.disturbed or pair.capped or ("slow clock" if slow else "")
         self.baseline_s.append(pair.baseline.seconds)
         self.counted_s.append(pair.counted_s)
         self.clocks.append([pair.baseline.average, pair.candidate.average])
@@ -78,6 +78,7 @@ class Half:
     disturbed: str = ""  # by what
     speed: float | None = None  # of the device's clock, as read once
     average: float | None = None  # of the device's clock, as counted over the call
+    capped: str = ""  # by what the clock was held back, where that could be counted
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,18 @@ class Pair:
 
     @property
     def speeds(self) -> list[float]:
-        """Of the halves where it is known, and the average is not."""
-        return [half.speed for half in (self.baseline, self.candidate) if half.speed is not None and half.average is None]
+        """Of the halves where it is known; none where the averages of both are."""
+        return [] if self.both_counted else [half.speed for half in (self.baseline, self.candidate) if half.speed is not None]
+
+    @property
+    def both_counted(self) -> bool:
+        return self.baseline.average is not None and self.candidate.average is not None
+
+    @property
+    def capped(self) -> str:
+        """What held back a side whose clock was counted, which says nothing while the other's was not. A time limit has no clock."""
+        said = "" if self.both_counted or self.baseline.speed is None else self.baseline.capped or self.candidate.capped
+        return f"throttled ({said})" if said else ""
 
 
 def estimate(call: Callable[[], Any], clock: Clock) -> float:
@@ -204,7 +215,8 @@ def visit(members: Sequence[Entry], chosen: GroupPlan, clock: Clock, order: rand
         contended = Usage.now().since(before).contended
         throttled = clock.throttled()
         cause = "contended" if contended else f"throttled ({throttled})" if throttled else ""
-        halves[name] = Half(seconds, cause, clock.speed(), clock.average_speed())
+        average = clock.average_speed()
+        halves[name] = Half(seconds, cause, clock.speed(), average, "" if average is None else clock.capped())
     return {e.id: Pair(halves.get("", Half(e.limit_s or 0.0)), halves[e.id]) for e in members}
 
 

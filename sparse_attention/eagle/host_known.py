@@ -16,7 +16,7 @@ class HostKnown(Tensor):
 
     EAGLE's loop asks `token in input_ids[0, input_len:].tolist()` after every step. That slice and its list are taken from `host`, as
     far as it reaches, until the ids are changed in place; everything else is the tensor's own. Inference tensors do not count their
-    changes, so their `host` is never taken.
+    changes, so their `host` is never taken; nor does a change through `.data`, or by a replayed graph, count, so ids must not be changed so.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl

@@ -77,19 +77,12 @@ struct Pair {
   __device__ __forceinline__ Pair(float x, float y) : big{to_tf32(x), to_tf32(y)}, small{to_tf32(x - as_float(big[0])), to_tf32(y - as_float(big[1]))} {}
 };
 
-// What tensor cores add to is cut off and not rounded, which adds up: so the products with small parts have a sum of their own,
+// What tensor cores add to is cut off and not rounded, which adds up: so the products with small parts have a sum of their own, and what
+// is added to for all keys is added to outside of them.
 __device__ __forceinline__ void multiply_single(float (&c)[4], float (&little)[4], const Halves& a, const Pair& b) {
   multiply_tf32(little, a.small, b.big[0], b.big[1]);
   multiply_tf32(little, a.big, b.small[0], b.small[1]);
   multiply_tf32(c, a.big, b.big[0], b.big[1]);
-}
-
-// and what is added to all the way is added to outside of them.
-__device__ __forceinline__ void add_single(float (&c)[4], const Halves& a, const Pair& b) {
-  float part[4] = {};
-  multiply_single(part, part, a, b);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) c[i] += part[i];
 }
 
 // float32: steps of 8. Column c of a step's weights is key 2 c, column c + 4 the one after: no lane needs another's.

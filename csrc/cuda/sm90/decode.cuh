@@ -130,7 +130,7 @@ struct Decoder : Attend<S, T, true, Decoder<S, T>> {
       products_wait<1>();
       pin(s);
       free(shared.k_empty, keys);
-        hide(s, bits, mark);
+      hide(s, bits, mark);
       soften(s, worth);
       pin(s);  // before the wait
       products_wait<0>();

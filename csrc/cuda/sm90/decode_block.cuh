@@ -38,6 +38,12 @@ struct Place {
   }
 };
 
+// Whether the ancestor words of any block's queries find room.
+template <class S>
+bool has_room(const Decode& d) {
+  return !d.ancestors || ((S::kQueries - 1) / d.group + 2) * (d.words + 1) <= S::kWords;
+}
+
 // The output leaves through the queries' memory, or, as floats for others of a cluster, through that of tiles.
 template <int kRows, int kDim_, int kKeys_, int kStages_, int kWords>
 struct alignas(1024) Shared<CacheShape<kRows, kDim_, kKeys_, kStages_, kWords>> {

@@ -42,12 +42,6 @@ cudaError_t launch_decode(const Decode& d, cudaStream_t stream) {
   return error != cudaSuccess || d.splits == d.cluster ? error : decoding::launch_join<T>(d, stream);
 }
 
-// Whether the ancestor words of a block's queries find room.
-template <class S>
-bool has_room(const Decode& d) {
-  return !d.ancestors || ((S::kQueries - 1) / d.group + 2) * (d.words + 1) <= S::kWords;
-}
-
 // A stage less where words need its memory.
 template <typename T>
 int launch_decode(const Decode& d, DecodeKernel kernel, cudaStream_t stream) {

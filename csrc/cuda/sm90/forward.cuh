@@ -129,7 +129,7 @@ struct Consumer : Attend<S, T, kBury, Consumer<S, T, kMerge, kBury, kHalves>> {
 
   __device__ void run() {
     Ring<S::kStages> k_ring, v_ring;
-    if (!kHalves && group == 1) this->your_turn();
+    if (group == 1) this->your_turn();
     for (uint32_t q_phase = 0;;) {
       barrier_wait(&shared.q_full, q_phase);
       const int item = shared.item;
@@ -142,14 +142,12 @@ struct Consumer : Attend<S, T, kBury, Consumer<S, T, kMerge, kBury, kHalves>> {
       } else if (kHalves && !(item & kBoth)) {
         Half<S, T, kBury, Consumer>(*this, k_ring, v_ring).run();
       } else {
-        if (kHalves && group == 1) this->your_turn();
-        this->attend(k_ring, v_ring);
-        if (kHalves && group == 0) this->my_turn();
+        this->attend(k_ring, v_ring);  // turns go on where the last such item left them
       }
       finish(item & ~(kOdd | kBoth));
       q_phase = item & kOdd ? 0 : 1;
     }
-    if (!kHalves && group == 0) this->my_turn();  // leaves no arrival behind
+    if (group == 0) this->my_turn();  // leaves no arrival behind
   }
 
   // Divide by the sum, merge with an earlier part, write.

@@ -65,7 +65,8 @@ template <class S, typename T, Merge kMerge, bool kBury, bool kHalves = false>
 cudaError_t launch(const Maps& maps, const Params& p, int processors, cudaStream_t stream) {
   static std::atomic<uint64_t> allowed{0};
   const auto kernel = forward<S, T, kMerge, kBury, kHalves>;
-  const int bytes = sizeof(Memory<S>) + 1024;
+  constexpr int bytes = sizeof(Memory<S>) + 1024;
+  static_assert(bytes <= 227 * 1024, "what a block may have");
   const cudaError_t error = allow(kernel, bytes, allowed);
   if (error != cudaSuccess) return error;
   kernel<<<processors, S::kThreads, bytes, stream>>>(maps, p);

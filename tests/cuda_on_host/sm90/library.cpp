@@ -89,8 +89,12 @@ int guarded(F run) {
 extern "C" __attribute__((visibility("default"))) int decode(void** pointers, const int64_t* strides, const int32_t* sizes, float scale, int rows, int seed) {
   const Decode d = decode_of(pointers, strides, sizes, scale);
   return guarded([&] {
-    if (rows == 64) d.head_dim <= 64 ? decode_all<CacheShape<64, 64, 64, 5, 1088>>(d, seed) : decode_all<CacheShape<64, 128, 64, 3, 80>>(d, seed);
-    else d.head_dim <= 64 ? decode_all<CacheShape<128, 64, 128, 4, 2176>>(d, seed) : decode_all<CacheShape<128, 128, 128, 3, 320>>(d, seed);
+    using Small = CacheShape<64, 128, 64, 3, 80>;
+    using Long = CacheShape<128, 128, 128, 3, 320>;
+    if (rows == 64 && d.head_dim <= 64) decode_all<CacheShape<64, 64, 64, 5, 1088>>(d, seed);
+    else if (rows == 64) has_room<Small>(d) ? decode_all<Small>(d, seed) : decode_all<CacheShape<64, 128, 64, 4, 1088>>(d, seed);
+    else if (d.head_dim <= 64) decode_all<CacheShape<128, 64, 128, 4, 2176>>(d, seed);
+    else has_room<Long>(d) ? decode_all<Long>(d, seed) : decode_all<CacheShape<128, 128, 128, 2, 2176>>(d, seed);
   });
 }
 
