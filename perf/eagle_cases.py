@@ -37,11 +37,10 @@ for vocab, floor in ((96, 0.8), (32000, 1.2)):
 for nodes, prefix in ((50, 0), (100, 0), (200, 0), (500, 0), (1000, 0), (64, 2048)):
     add(CPU, f"eagle/attention/{nodes}-after-{prefix}", "tree", FULL, nodes=nodes, prefix=prefix, dtype="float32")
 
-# One H100. The floors of the tree's attention, of build, of commit's time and of verification, 75 % of the bandwidth of a copy, are what
-# the project asked, reached or not: docs/decode.md and docs/eagle.md. Under a window it asked for twice the speed of FlexAttention or of
-# SDPA over the slice of the cache. FlexAttention's rows have that floor. SDPA reads the slice at the bandwidth of the memory from batch 16
-# on, and nothing reads it twice as fast: its rows say that decode is no slower, there but for 5 %. The others, of which nothing was asked,
-# are a fifth or so below what was measured.
+# One H100. The floors of the tree's attention, of windows, of build, of commit's time and of verification, 75 % of the bandwidth of a copy,
+# are what the project asked, reached or not: docs/decode.md and docs/eagle.md. Under a window that was twice the speed of FlexAttention or
+# of SDPA over the slice of the cache; SDPA's rows cannot reach it, since it reads the slice at the bandwidth of the memory from batch 16 on.
+# The others, of which nothing was asked, are a fifth or so below what was measured.
 for prefix, lengths, floor in ((0, (26, 50, 100, 200, 500, 1000), 1.0), (2048, (26, 64), 4.0), (32768, (26, 64), 9.0)):
     for nodes in lengths:
         name = f"eagle/attention/{nodes}" + f"-after-{prefix}" * (prefix > 0)
@@ -49,7 +48,7 @@ for prefix, lengths, floor in ((0, (26, 50, 100, 200, 500, 1000), 1.0), (2048, (
 for batch in (1, 16, 64):
     sizes = {"batch": batch, "window": 4096, "length": 131072, "dtype": "float16"}
     tags, name = FULL if batch == 64 else (), f"decode/window4096/128k/batch-{batch}"
-    add(CUDA, name, "window", tags, floor=1.0 if batch == 1 else 0.95, **sizes)
+    add(CUDA, name, "window", tags, floor=2.0, **sizes)
     add(CUDA, f"{name}/of-flex", "window", tags, floor=2.0, rival="flex", **sizes)
 add(CUDA, "eagle/build/time", "build", mask="bits", limit_s=15e-6)
 add(CUDA, "eagle/build", "build", floor=20.0)

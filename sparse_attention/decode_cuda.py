@@ -10,7 +10,7 @@ from torch import Tensor
 from sparse_attention import _build_cuda
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-MOST_BLOCKS = 65535  # along an axis of a grid: requests, and tiles of 16 rows or more of each; csrc/cuda/decode/limits.h refuses more
+MOST_BLOCKS = 65535  # along an axis of a grid: requests, and tiles of 16 rows or more of each; csrc/cuda/decode/plan.h knows them
 modules: dict = {}  # the compiled module, by the number of each device that it has run on
 
 

@@ -15,7 +15,7 @@ from sparse_attention.decode import decode
 from sparse_attention.dispatch import Sizes
 
 SOURCE = """
-#include "decode/limits.h"
+#include "decode/plan.h"
 using namespace sparse_attention;
 extern "C" int64_t most() { return kMostBlocks; }
 extern "C" int64_t row_blocks(int heads, int kv_heads, int q_len, int head_dim, int kernel, int itemsize) {

@@ -8,7 +8,7 @@
 #include <tuple>
 
 #include "bindings.h"
-#include "decode/limits.h"
+#include "decode/plan.h"
 #include "decode_bindings.h"
 
 namespace sparse_attention::bindings {

@@ -24,6 +24,17 @@ inline int rows_of(DecodeKernel kernel, int row_bytes, int itemsize) {
   }
 }
 
+// Bytes of a row in shared memory.
+inline int row_bytes_of(const Decode& d, int itemsize) { return (d.head_dim <= 64 ? 64 : d.head_dim <= 128 ? 128 : 256) * itemsize; }
+
+constexpr int64_t kMostBlocks = 65535;  // along a grid's third axis, the requests, and its second:
+
+// The heads of the cache times the tiles of their rows.
+inline int64_t row_blocks(const Decode& d, DecodeKernel kernel, int itemsize) {
+  const int64_t rows = int64_t{d.heads / d.kv_heads} * d.q_len, tile_rows = rows_of(kernel, row_bytes_of(d, itemsize), itemsize);
+  return d.kv_heads * ((rows + tile_rows - 1) / tile_rows);
+}
+
 // Keys that one request's queries visit at most.
 inline int64_t visited_keys(const Decode& d) {
   const int64_t keys = d.lengths ? d.capacity : d.length;
@@ -56,16 +67,15 @@ inline DecodeKernel choose_kernel(const Decode& d, int itemsize, const DecodeDev
 // beside the others waits for all of them. A cluster merges up to 16 splits, 8 of warpgroups; more, where nothing else fills the device, take
 // another launch.
 inline void split_keys(Decode& d, DecodeKernel kernel, int itemsize, const DecodeDevice& device) {
-  const int dim = d.head_dim <= 64 ? 64 : d.head_dim <= 128 ? 128 : 256, row_bytes = dim * itemsize;
-  const int rows = d.heads / d.kv_heads * d.q_len, tile_rows = rows_of(kernel, row_bytes, itemsize);
-  const int64_t blocks = int64_t{d.batch} * d.kv_heads * ((rows + tile_rows - 1) / tile_rows), keys = visited_keys(d);
+  const int row_bytes = row_bytes_of(d, itemsize);
+  const int64_t blocks = d.batch * row_blocks(d, kernel, itemsize), keys = visited_keys(d);
   d.cluster = 1;
   if (kernel == DecodeKernel::kWarpgroup && keys < 4096) {
     d.splits = d.cluster = std::max<int64_t>(1, std::min({int64_t{kPortableCluster}, keys / 256, warpgroup_splits(device, blocks)}));
     return;
   }
   const int least = by_warpgroups(kernel) ? 128 : 2 * (row_bytes <= 256 ? 64 : row_bytes <= 512 ? 32 : 16);
-  const int resident = kernel == DecodeKernel::kNarrow && dim <= 128 ? 2 : 1;
+  const int resident = kernel == DecodeKernel::kNarrow && d.head_dim <= 128 ? 2 : 1;
   const int64_t most = std::max<int64_t>(1, keys / least), wanted = int64_t{device.processors} * resident / blocks;
   int64_t splits = std::max<int64_t>(1, std::min(most, wanted));
   if (device.clusters && !by_warpgroups(kernel) && splits > 1 && (splits <= kMostCluster || 2 * kMostCluster * blocks >= device.processors)) {
