@@ -204,19 +204,36 @@ def _ninja_file(target: str) -> str:
     includes = [f"-isystem{path}" for path in [*include_paths(), sysconfig.get_paths()["include"]]]
     flags = [*FLAGS, f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}", *includes]
     # Linked without -fopenmp: its symbols come with libtorch_cpu, so torch and the kernels share one pool of threads.
-    link = [f"-L{path}" for path in library_paths()] + ["-ltorch_python", "-ltorch_cpu", "-ltorch", "-lc10"]
+    libraries = [*(f"-L{path}" for path in library_paths()), "-ltorch_python", "-ltorch_cpu", "-ltorch", "-lc10"]
     if _is_clang():  # its OpenMP calls are in no library of torch's
-        link.append("-fopenmp")
+        libraries.append("-fopenmp")
     root = source_folder()
     rules = {
         "compile": f"{command} {escape(shlex.join([*flags, *TIERS[tier()]]))} -c $in -o $out",
         "share": f"{command} {escape(shlex.join(flags))} -c $in -o $out.{os.getpid()} && mv -f $out.{os.getpid()} $out",
-        "link": f"{command} -shared $in -o $out {escape(shlex.join(link))}",
+        "link": link_command(libraries),
     }
     headers = _sources(root, "*.h")
     shared = {source: cache_folder() / f"{source.stem}-{_digest([], [*headers, source])}.o" for source in sorted(root.glob("*.cpp"))}
     sources = [("share" if source in shared else "compile", source) for source in _sources(root, "*.cpp")]
     return ninja_text(target, rules, sources, shared)
+
+
+def link_command(libraries: list[str]) -> str:
+    """The command of the rule "link"."""
+    return f"{shlex.join(compiler())} -shared $in -o $out {escape(shlex.join([*libraries, *standard_library()]))}"
+
+
+def standard_library() -> list[str]:
+    """The path of the shared libstdc++, or nothing. Links name it before the compiler adds its own, which may be an archive (one in a
+    folder of -L is found first): the copy of an archive and what torch has loaded mix up their locales, and crash at a number.
+    """
+    found = subprocess.run([*compiler(), "-print-file-name=libstdc++.so.6"], capture_output=True, text=True).stdout.strip()
+    if os.path.isabs(found) and os.path.exists(found):
+        return [found]
+    maps = Path("/proc/self/maps")  # an address, permissions, an offset, a device, an inode and, of files, a path
+    loaded = [line.split(maxsplit=5)[-1] for line in maps.read_text().splitlines()] if maps.exists() else []
+    return [path for path in loaded if "/libstdc++.so.6" in path and os.path.exists(path)][:1]
 
 
 def ninja_text(target: str, rules: dict[str, str], sources: list[tuple[str, Path]], shared: Mapping[Path, Path] = {}) -> str:

@@ -21,7 +21,7 @@ from types import ModuleType
 
 import torch
 
-from sparse_attention._build import STILL_WORKS, BuildError, built, compiler, escape, load, ninja_text, source_folder
+from sparse_attention._build import STILL_WORKS, BuildError, built, compiler, escape, link_command, load, ninja_text, source_folder
 
 # Infinities mean something here; what --use_fast_math would add is written out in the kernels.
 FLAGS = ["-std=c++17", "-O3", "--ftz=true", "--prec-div=false", "-Xcompiler=-fPIC", "-Xcompiler=-fvisibility=hidden"]
@@ -111,13 +111,12 @@ def _ninja_file(target: str, capability: tuple[int, int]) -> str:
     paths = [*include_paths(), str(home / "include"), sysconfig.get_paths()["include"]]
     host = [*compiler(), *HOST_FLAGS, *(f"-isystem{path}" for path in paths), f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
     host += [f"-DSPARSE_ATTENTION_{name.upper()}" for name in tiers(capability)]
-    libraries = [*library_paths(), str(home / "lib64")]
-    link = [*compiler(), "-shared", "$in", "-o", "$out", *(f"-L{path}" for path in libraries)]
-    link += ["-ltorch_python", "-ltorch_cuda", "-ltorch_cpu", "-ltorch", "-lc10_cuda", "-lc10", "-lcudart"]
+    libraries = [f"-L{path}" for path in [*library_paths(), str(home / "lib64")]]
+    libraries += ["-ltorch_python", "-ltorch_cuda", "-ltorch_cpu", "-ltorch", "-lc10_cuda", "-lc10", "-lcudart"]
     rules = {
         "device": f"{escape(shlex.join(compile_command(capability)))} -c $in -o $out",
         "host": f"{escape(shlex.join(host))} -c $in -o $out",
-        "link": " ".join(link),
+        "link": link_command(libraries),
     }
     bindings = sorted((source_folder() / "cuda").rglob("*.cpp"))
     return ninja_text(target, rules, [*(("device", source) for source in sources(capability)), *(("host", source) for source in bindings)])

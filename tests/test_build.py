@@ -3,7 +3,10 @@
 Most tests compile a source of a few lines in place of csrc: the machinery is the same and takes a second.
 """
 
+import ctypes
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +18,7 @@ import pytest
 import torch
 
 import sparse_attention as sa
-from sparse_attention import _build
+from sparse_attention import _build, _build_cuda
 
 MODULE = """
 #include <Python.h>
@@ -129,7 +132,7 @@ def test_two_processes_that_start_at_once_build_once(small):
 
 def test_a_killed_build_leaves_no_lock_and_no_library(small, tmp_path):
     compiler = tmp_path / "slow-compiler"
-    compiler.write_text('#!/bin/sh\n[ -n "$HANG" ] && [ "$1" != --version ] && sleep 20\nexec c++ "$@"\n')
+    compiler.write_text('#!/bin/sh\ncase "$HANG $*" in "1 "*" -c "*) sleep 20;; esac\nexec c++ "$@"\n')
     compiler.chmod(0o755)
     hanging = in_process(small, {"CXX": str(compiler), "HANG": "1"}, start_new_session=True)
     assert hanging.stdout.readline() == "ready\n"
@@ -191,6 +194,60 @@ def test_unknown_instruction_set(small, monkeypatch):
     monkeypatch.setenv("SPARSE_ATTENTION_CPU", "avx1024")
     with pytest.raises(ValueError, match="SPARSE_ATTENTION_CPU is 'avx1024', expected one of .*baseline"):
         _build.kernels()
+
+
+PRINTS = """
+#include <sstream>
+extern "C" __attribute__((visibility("default"))) long length(long number) {
+  std::ostringstream text;
+  text << number;
+  return text.str().size();
+}
+"""
+
+
+def defines_streams(library: Path) -> bool:
+    """Whether the library holds libstdc++'s code that prints a number."""
+    if not shutil.which("nm"):
+        pytest.skip("no nm, which lists a library's symbols")
+    symbols = subprocess.run(["nm", "-D", "--defined-only", str(library)], capture_output=True, text=True, check=True).stdout
+    assert "PyInit__kernels" in symbols
+    return "_ZNSo9_M_insertIlEERSoT_" in symbols
+
+
+def test_the_kernels_hold_no_libstdcxx():
+    assert not defines_streams(_build.library())
+
+
+@pytest.mark.parametrize("asked", ["the compiler", "/proc/self/maps"])
+def test_a_static_libstdcxx_that_the_linker_finds_first_stays_out(small, monkeypatch, tmp_path, asked):
+    archive = subprocess.run([*_build.compiler(), "-print-file-name=libstdc++.a"], capture_output=True, text=True).stdout.strip()
+    if not os.path.isabs(archive) or not Path("/proc/self/maps").exists():
+        pytest.skip("no libstdc++.a, or not Linux")
+    folder = tmp_path / "archives"
+    folder.mkdir()
+    (folder / "libstdc++.a").symlink_to(archive)
+    command = f"{shlex.join(_build.compiler())} -L{folder}"
+    unknowing = tmp_path / "compiler"  # it names no shared one
+    unknowing.write_text(f'#!/bin/sh\n[ "$1" = -print-file-name=libstdc++.so.6 ] && echo libstdc++.so.6 && exit\nexec {command} "$@"\n')
+    unknowing.chmod(0o755)
+    monkeypatch.setenv("CXX", command if asked == "the compiler" else str(unknowing))
+    (small / "prints.cpp").write_text(PRINTS)
+    fixed = _build.library()
+    assert not defines_streams(fixed)
+    assert ctypes.CDLL(str(fixed)).length(-1234) == 5
+
+    monkeypatch.setattr(_build, "standard_library", lambda: [])
+    fixed.unlink()
+    assert defines_streams(_build.library()), "nothing was to be kept out"
+
+
+def test_both_libraries_are_linked_with_the_shared_libstdcxx(monkeypatch, tmp_path):
+    monkeypatch.setattr(_build, "standard_library", lambda: ["/some where/libstdc++.so.6"])
+    monkeypatch.setattr(_build_cuda, "nvcc", lambda: str(tmp_path / "bin" / "nvcc"))
+    for text in (_build._ninja_file("kernels.so"), _build_cuda._ninja_file("cuda.so", (9, 0))):
+        (link,) = [line for line in text.splitlines() if " -shared " in line]
+        assert link.endswith(" '/some where/libstdc++.so.6'")
 
 
 def test_no_fast_math():
