@@ -25,6 +25,7 @@ COMPILED = "sdpa compiled"
 COMPILED_FLAG = "SPARSE_ATTENTION_COMPILED_BASELINE"  # environment variable: 1 makes it a rival on CPU too, seconds a shape
 FLASH_ATTN = {"flash-attn 2": "flash_attn", "flash-attn 3": "flash_attn_interface", "flash-attn 4": "flash_attn.cute"}  # modules
 FLEX_BLOCK = 128  # queries and keys of a block of FlexAttention's mask
+FLEX_MOST = 2**31 - 1  # elements of a tensor that 32-bit indices reach: with 64 bits Triton refuses its decoding kernel (torch 2.11)
 MATH_BYTES = 1 << 26  # the math backend writes all scores: it is a rival only while they fit the caches
 
 
@@ -85,8 +86,11 @@ def masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern) 
     return dense(q, k, v, causal=False, mask=mask)["sdpa"]
 
 
-def flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern) -> Call:
-    """FlexAttention, compiled, with a block mask that is made once. Patterns whose heads differ must be made of blocks."""
+def flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern, most: int = FLEX_MOST) -> Call:
+    """FlexAttention, compiled, with a block mask that is made once. Patterns whose heads differ must be made of blocks.
+
+    Tensors of more than `most` elements are given to it in views of `flex_requests` requests, whose outputs are concatenated.
+    """
     from torch.nn.attention.flex_attention import flex_attention
 
     lengths, heads, one = Lengths(q.shape[2], k.shape[2]), q.shape[1], pattern.for_head(0)
@@ -111,13 +115,25 @@ def flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern) ->
     # Recompilations are counted by code object, and past a limit it would run uncompiled: each call of this function has its own.
     own = types.FunctionType(attend.__code__.replace(), globals(), "attend", None, attend.__closure__)
     compiled = torch.compile(own, dynamic=False, fullgraph=True)
+    parts = list(zip(*(x.split(flex_requests(q, k, v, most=most)) for x in (q, k, v))))  # of one shape: compiled once
 
     def call():
         with torch.no_grad():  # on CPU it has no backward
-            return compiled(q, k, v, block_mask)
+            outs = [compiled(*part, block_mask) for part in parts]
+            return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     call()
     return call
+
+
+def flex_requests(*tensors: torch.Tensor, most: int = FLEX_MOST) -> int:
+    """Requests that a call of FlexAttention is given: the most that divide the batch and lie within `most` elements of each tensor."""
+    batch = tensors[0].shape[0]
+
+    def fits(x: torch.Tensor, requests: int) -> bool:
+        return sum((n - 1) * stride for n, stride in zip((requests, *x.shape[1:]), x.stride())) < most
+
+    return max(n for n in range(1, batch + 1) if batch % n == 0 and (n == 1 or all(fits(x, n) for x in tensors)))
 
 
 def flex_mask(mask_mod: Callable, heads: int, lengths: Lengths, device: torch.device, most: int = 1 << 28):

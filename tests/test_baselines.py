@@ -116,6 +116,41 @@ def test_each_flex_attention_has_code_of_its_own(monkeypatch):
     assert len({id(function.__code__) for function in compiled}) == 2, "past a limit of each code object it would run uncompiled"
 
 
+def test_flex_attention_takes_requests_a_few_at_a_time(monkeypatch):
+    """Past `most` elements; views of the tensors that compile once, and give what one call does."""
+    compile, given = torch.compile, []
+
+    def traced(function, **options):  # its graphs and their guards are Inductor's; the kernels are not
+        compiled = compile(function, backend="eager", **options)
+
+        def run(*args):
+            given.append(args[1])
+            return compiled(*args)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", traced)
+    q, k, v = (torch.randn(6, heads, length, 16) for heads, length in ((4, 1), (2, 256), (2, 256)))
+    whole = baselines.flex(q, k, v, SlidingWindow(100))()
+    assert {x.shape[0] for x in given} == {6}
+    given.clear()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        call = baselines.flex(q, k, v, SlidingWindow(100), most=5 * k[0].numel() - 1)
+        torch.testing.assert_close(call(), whole)
+        for x in (q, k, v):  # as between the checks of a race
+            x.normal_()
+        torch.testing.assert_close(call(), attention(q, k, v, SlidingWindow(100), impl="reference"))
+    assert [(x.shape[0], x.data_ptr() - k.data_ptr()) for x in given[-2:]] == [(3, 0), (3, 3 * k.stride(0) * 4)], "copies"
+
+
+def test_the_requests_of_a_call_of_flex_attention():
+    q, k = (torch.empty(64, heads, length, 128, dtype=torch.float16, device="meta") for heads, length in ((32, 1), (8, 131072)))
+    assert baselines.flex_requests(q, k, k) == 8 and k[:8].numel() == 2**30
+    assert baselines.flex_requests(q[:16], k[:16], k[:16]) == 8 and baselines.flex_requests(q[:13], k[:13], k[:13]) == 13
+    assert baselines.flex_requests(q[:17], k[:17], k[:17]) == 1, "calls of equal size"
+    assert baselines.flex_requests(q[:4], k[:4, :, :16], k[:4, :, :16], most=k.stride(0) + 1) == 1, "a view spans the cache that it is of"
+
+
 @pytest.mark.parametrize("pattern", [SlidingWindow(9), BlockSparse(torch.eye(2).bool().expand(4, 2, 2), 16), LogSparse()], ids=str)
 def test_torch_sparse_gives_the_same(pattern):
     q, k, v = tensors()

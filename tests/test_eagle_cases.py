@@ -80,6 +80,8 @@ def test_flex_attention_is_given_the_window_of_the_whole_cache(monkeypatch):
     ((k, v, pattern),) = given
     assert pattern == SlidingWindow(128) and k.shape == v.shape == (2, 2, 384, 16)
     assert k[:, :, :256].isnan().all() and v[:, :, :256].isnan().all() and torch.isfinite(k[:, :, 256:]).all()
+    monkeypatch.setattr(baselines, "flex_requests", lambda *tensors: 1)
+    assert list(decode_workloads.window(batch=2, window=128, length=384, rival="flex", **HEADS).baselines) == ["flex, 1 requests a call"]
     with pytest.raises(ValueError, match="window is 100 of 384; expected one that begins with a block of 128 keys"):
         decode_workloads.window(batch=2, window=100, length=384, rival="flex", **HEADS)
 
