@@ -23,6 +23,15 @@ extern "C" int64_t row_blocks(int heads, int kv_heads, int q_len, int head_dim, 
   d.batch = 1, d.heads = heads, d.kv_heads = kv_heads, d.q_len = q_len, d.head_dim = head_dim;
   return row_blocks(d, static_cast<DecodeKernel>(kernel), itemsize);
 }
+// The kernel, splits and blocks of a cluster of test_cuda_decode.py's call with one number of keys for all.
+extern "C" void plan(int64_t keys, int itemsize, int processors, bool clusters, bool warpgroups, int32_t* found) {
+  Decode d{};
+  d.batch = 2, d.heads = 8, d.kv_heads = 2, d.group = 4, d.q_len = 5, d.head_dim = 128, d.window = -1, d.length = keys;
+  const DecodeDevice device{processors, clusters, warpgroups};
+  const DecodeKernel kernel = choose_kernel(d, itemsize, device);
+  split_keys(d, kernel, itemsize, device);
+  found[0] = static_cast<int32_t>(kernel), found[1] = d.splits, found[2] = d.cluster;
+}
 """
 
 
@@ -45,6 +54,18 @@ def test_the_blocks_of_a_call(limits):
         assert limits.row_blocks(32, 8, 4 * rows + 1, 64, kernel, 2) == 8 * 17
     assert limits.row_blocks(1, 1, 64, 256, 1, 4) == 2
     assert limits.row_blocks(2, 2, 1 << 30, 64, 2, 2) == 1 << 25, "more than 32 bits of rows"
+
+
+@pytest.mark.parametrize("device", ((132, True, True), (108, False, False), (148, True, False)), ids=("H100", "A100", "B200"))
+@pytest.mark.parametrize("itemsize", (2, 4))
+def test_where_a_number_of_keys_splits_as_the_capacity_does(limits, itemsize, device):
+    def plan(keys):
+        found = (ctypes.c_int32 * 3)()
+        limits.plan(ctypes.c_int64(keys), itemsize, *device, found)
+        return list(found)
+
+    assert plan(900)[1] > 1
+    assert plan(400) != plan(900) == plan(899)
 
 
 def test_attention_leaves_such_calls_to_other_engines(monkeypatch):
