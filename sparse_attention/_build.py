@@ -1,5 +1,6 @@
 """Compiles csrc at first use and loads the result: one shared library for each combination of sources, torch and processor. What
 is beside csrc/cpu holds no vectors, and takes as long to compile as what does: its objects are kept for all instruction sets.
+Like libraries, they stay until someone empties the folder.
 
 `SPARSE_ATTENTION_CACHE` names the folder that holds the libraries (default: `sparse_attention` in the user's cache folder).
 `SPARSE_ATTENTION_CPU` is `avx512`, `avx2` or `baseline`, for a library that uses less than the processor has.
@@ -12,6 +13,7 @@ import functools
 import hashlib
 import importlib.util
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -19,7 +21,7 @@ import sys
 import sysconfig
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.machinery import ExtensionFileLoader
 from pathlib import Path
 from types import ModuleType
@@ -43,6 +45,8 @@ STILL_WORKS = "impl='dense' and impl='reference' work without compiled kernels."
 class BuildError(RuntimeError):
     """The kernels cannot be compiled or loaded here; the message says what to install."""
 
+
+_INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"', re.MULTILINE)
 
 _loading = threading.Lock()
 
@@ -89,7 +93,7 @@ def built(name: str, what_for: str, ninja_file: Callable[[str], str]) -> Path:
         lock = FileLock(path.with_suffix(".lock"))  # the system drops it when its holder dies
         with lock:
             if not path.exists():
-                _compile(path, what_for, ninja_file)
+                run_ninja(what_for, lambda: ninja_file(name), name)
     except OSError as error:
         raise BuildError(
             f"cannot write the compiled kernels to {folder} ({error}); set SPARSE_ATTENTION_CACHE to a writable folder. "
@@ -99,10 +103,10 @@ def built(name: str, what_for: str, ninja_file: Callable[[str], str]) -> Path:
 
 
 def cache_folder() -> Path:
-    """Where compiled libraries are kept."""
+    """Where compiled libraries and objects are kept."""
     chosen = os.environ.get("SPARSE_ATTENTION_CACHE")
     if chosen:
-        return Path(chosen).expanduser()
+        return Path(chosen).expanduser().absolute()
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(base).expanduser() / "sparse_attention"
 
@@ -121,17 +125,42 @@ def tier() -> str:
 def key() -> str:
     """What a library depends on, as a short hash: sources, flags, torch, Python's ABI and the instruction set."""
     root = source_folder()
-    return _digest([tier(), *TIERS[tier()]], _sources(root, "*.h") + _sources(root, "*.cpp"))
+    return digest([*_facts(), tier(), *TIERS[tier()]], _sources(root, "*.h") + _sources(root, "*.cpp"))
 
 
-def _digest(facts: list[str], files: list[Path]) -> str:
-    digest = hashlib.sha256()
-    abi = sysconfig.get_config_var("SOABI") or sys.implementation.cache_tag
-    for text in [torch.__version__, abi, *facts, *FLAGS, *compiler()]:
-        digest.update(text.encode() + b"\0")
+def _facts() -> list[str]:
+    """What every object for the CPU depends on, beside sources."""
+    return [torch.__version__, python_abi(), *FLAGS, *compiler()]
+
+
+def python_abi() -> str:
+    return sysconfig.get_config_var("SOABI") or sys.implementation.cache_tag
+
+
+def digest(facts: Iterable[str], files: Iterable[Path]) -> str:
+    """A short hash of texts, and of files and where in csrc they are."""
+    hashed = hashlib.sha256()
+    for text in facts:
+        hashed.update(text.encode() + b"\0")
     for path in files:
-        digest.update(path.relative_to(source_folder()).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:16]
+        hashed.update(path.relative_to(source_folder()).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return hashed.hexdigest()[:16]
+
+
+def kept_objects(sources: Iterable[Path], facts: list[str]) -> dict[Path, Path]:
+    """The object of each source, in the cache under a hash of the facts, the source and the headers of csrc that it includes."""
+    return {source: cache_folder() / f"{source.parent.name}-{source.stem}-{digest(facts, _with_headers(source))}.o" for source in sources}
+
+
+def _with_headers(source: Path) -> list[Path]:
+    """The source and what it includes by names in quotes, which say where a file is from the one that includes it; these files' too."""
+    found, left = set(), [source]
+    while left:
+        path = left.pop()
+        if path not in found and path.is_file():
+            found.add(path)
+            left += [Path(os.path.normpath(path.parent / name)) for name in _INCLUDE.findall(path.read_text())]
+    return sorted(found)
 
 
 @functools.cache
@@ -153,12 +182,13 @@ def compiler() -> list[str]:
     return shlex.split(os.environ.get("CXX") or "c++")
 
 
-def _compile(path: Path, what_for: str, ninja_file: Callable[[str], str]) -> None:
-    """Builds in a temporary folder and renames the result to `path`."""
+def run_ninja(what_for: str, ninja_file: Callable[[], str], target: str | None = None) -> None:
+    """Builds in a temporary folder of the cache, which exists, and moves the result into the cache, if it has a name."""
     ninja = _find_tools()
-    with tempfile.TemporaryDirectory(prefix="build-", dir=path.parent) as folder:
-        (Path(folder) / "build.ninja").write_text(ninja_file(path.name))
-        print(f"sparse_attention: compiling for {what_for} into {path.parent} (once)", file=sys.stderr, flush=True)
+    cache = cache_folder()
+    with tempfile.TemporaryDirectory(prefix="build-", dir=cache) as folder:
+        (Path(folder) / "build.ninja").write_text(ninja_file())
+        print(f"sparse_attention: compiling for {what_for} into {cache} (once)", file=sys.stderr, flush=True)
         environment = {**os.environ, "NINJA_STATUS": "sparse_attention: [%f/%t] "}
         process = subprocess.Popen(
             [ninja, "-C", folder], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -170,7 +200,8 @@ def _compile(path: Path, what_for: str, ninja_file: Callable[[str], str]) -> Non
                 print(line, end="", file=sys.stderr, flush=True)
         if process.wait() != 0:
             raise BuildError(f"compiling the kernels failed; the compiler said:\n{''.join(output[-40:])}{STILL_WORKS}")
-        os.replace(Path(folder) / path.name, path)
+        if target:
+            os.replace(Path(folder) / target, cache / target)
 
 
 def _find_tools() -> str:
@@ -210,13 +241,17 @@ def _ninja_file(target: str) -> str:
     root = source_folder()
     rules = {
         "compile": f"{command} {escape(shlex.join([*flags, *TIERS[tier()]]))} -c $in -o $out",
-        "share": f"{command} {escape(shlex.join(flags))} -c $in -o $out.{os.getpid()} && mv -f $out.{os.getpid()} $out",
+        "share": keeping_command([*compiler(), *flags]),
         "link": link_command(libraries),
     }
-    headers = _sources(root, "*.h")
-    shared = {source: cache_folder() / f"{source.stem}-{_digest([], [*headers, source])}.o" for source in sorted(root.glob("*.cpp"))}
+    shared = kept_objects(sorted(root.glob("*.cpp")), _facts())
     sources = [("share" if source in shared else "compile", source) for source in _sources(root, "*.cpp")]
     return ninja_text(target, rules, sources, shared)
+
+
+def keeping_command(command: list[str]) -> str:
+    """The command of a rule whose object lies in the cache: never there in part, though other processes may make the same."""
+    return f"{escape(shlex.join(command))} -c $in -o $out.{os.getpid()} && mv -f $out.{os.getpid()} $out"
 
 
 def link_command(libraries: list[str]) -> str:
@@ -236,17 +271,18 @@ def standard_library() -> list[str]:
     return [path for path in loaded if "/libstdc++.so.6" in path and os.path.exists(path)][:1]
 
 
-def ninja_text(target: str, rules: dict[str, str], sources: list[tuple[str, Path]], shared: Mapping[Path, Path] = {}) -> str:
-    """A ninja file that compiles each source by its rule and links the objects by the rule "link". `shared` says which objects, the
-    same for every instruction set, lie where other builds find them.
+def ninja_text(target: str | None, rules: dict[str, str], sources: list[tuple[str, Path]], kept: Mapping[Path, Path]) -> str:
+    """A ninja file that compiles each source by its rule and links the objects by the rule "link", unless there is no target. `kept`
+    says which objects lie in the cache; what is there already is not compiled.
     """
     lines = [f"rule {name}\n  command = {command}\n  description = $desc" for name, command in rules.items()]
     objects = []
     for rule, source in sources:
-        objects.append(_path(shared[source]) if source in shared else f"{source.parent.name}-{source.stem}.o")
-        if source not in shared or not shared[source].exists():
+        objects.append(_path(kept[source]) if source in kept else f"{source.parent.name}-{source.stem}.o")
+        if source not in kept or not kept[source].exists():
             lines.append(f"build {objects[-1]}: {rule} {_path(source)}\n  desc = {source.name}")
-    lines.append(f"build {target}: link {' '.join(objects)}\n  desc = {target}")
+    if target:
+        lines.append(f"build {target}: link {' '.join(objects)}\n  desc = {target}")
     return "\n".join(lines) + "\n"
 
 

@@ -1,4 +1,10 @@
-"""Compiles csrc/cuda with nvcc at first use, for the device present. The kernels hold no torch; only the bindings do.
+"""Compiles csrc/cuda with nvcc at first use, for the device present. The kernels hold no torch; only the bindings do. So the kernels'
+objects depend on nothing but their sources, nvcc and its flags; they are kept, and after a change only what it touches is compiled.
+
+    SPARSE_ATTENTION_CACHE=folder python -m sparse_attention._build_cuda 9.0
+
+makes the objects for compute capability 9.0 on a machine with nvcc and no GPU; with the folder as its cache a machine with the same
+nvcc has only the bindings left to compile.
 
 `CUDA_HOME` names the toolkit (default: what `nvcc` on the PATH belongs to, or /usr/local/cuda).
 `SPARSE_ATTENTION_NVCC_FLAGS` are further flags for the kernels, such as `-lineinfo` for profilers and tests/sanitize.py.
@@ -8,8 +14,8 @@ planned.
 
 from __future__ import annotations
 
+import argparse
 import functools
-import hashlib
 import os
 import shlex
 import shutil
@@ -21,7 +27,23 @@ from types import ModuleType
 
 import torch
 
-from sparse_attention._build import STILL_WORKS, BuildError, built, compiler, escape, link_command, load, ninja_text, source_folder
+from sparse_attention._build import (
+    STILL_WORKS,
+    BuildError,
+    built,
+    cache_folder,
+    compiler,
+    digest,
+    escape,
+    keeping_command,
+    kept_objects,
+    link_command,
+    load,
+    ninja_text,
+    python_abi,
+    run_ninja,
+    source_folder,
+)
 
 # Infinities mean something here; what --use_fast_math would add is written out in the kernels.
 FLAGS = ["-std=c++17", "-O3", "--ftz=true", "--prec-div=false", "-Xcompiler=-fPIC", "-Xcompiler=-fvisibility=hidden"]
@@ -39,8 +61,12 @@ def kernels(capability: tuple[int, int]) -> ModuleType:
 
 @functools.cache
 def _load(capability: tuple[int, int]) -> ModuleType:
-    name = f"cuda-sm{capability[0]}{capability[1]}"
+    name = _name(capability)
     return load(built(f"{name}-{key(capability)}.so", name, lambda target: _ninja_file(target, capability)))
+
+
+def _name(capability: tuple[int, int]) -> str:
+    return f"cuda-sm{capability[0]}{capability[1]}"
 
 
 def nvcc() -> str:
@@ -91,17 +117,30 @@ def compile_command(capability: tuple[int, int]) -> list[str]:
     return [nvcc(), *FLAGS, *shlex.split(os.environ.get("SPARSE_ATTENTION_NVCC_FLAGS", "")), "-gencode", f"arch=compute_{number},code=sm_{number}"]
 
 
+def _facts(capability: tuple[int, int]) -> list[str]:
+    """What device code depends on beside sources: no path, for objects of another machine to fit."""
+    version = subprocess.run([nvcc(), "--version"], capture_output=True, text=True).stdout
+    return [version, *compile_command(capability)[1:]]
+
+
 def key(capability: tuple[int, int]) -> str:
     """What a library depends on, as a short hash."""
-    digest = hashlib.sha256()
-    version = subprocess.run([nvcc(), "--version"], capture_output=True, text=True).stdout
-    abi = sysconfig.get_config_var("SOABI") or ""
-    for text in [torch.__version__, abi, version, *compile_command(capability), *HOST_FLAGS]:
-        digest.update(text.encode() + b"\0")
     root = source_folder() / "cuda"
-    for path in sorted(p for p in root.rglob("*") if p.suffix in (".h", ".cuh", ".cu", ".cpp")):
-        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:16]
+    files = sorted(path for path in root.rglob("*") if path.suffix in (".h", ".cuh", ".cu", ".cpp"))
+    return digest([torch.__version__, python_abi(), *compiler(), *HOST_FLAGS, *_facts(capability)], files)
+
+
+def objects(capability: tuple[int, int]) -> dict[Path, Path]:
+    """Where the cache has, or will have, the object of each source of device code."""
+    return kept_objects(sources(capability), _facts(capability))
+
+
+def compile_objects(capability: tuple[int, int]) -> None:
+    """Makes those objects that the cache lacks. Needs nvcc, but neither a GPU nor torch's CUDA. Raises BuildError."""
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    rules = {"device": keeping_command(compile_command(capability))}
+    device_code = [("device", source) for source in sources(capability)]
+    run_ninja(_name(capability), lambda: ninja_text(None, rules, device_code, objects(capability)))
 
 
 def _ninja_file(target: str, capability: tuple[int, int]) -> str:
@@ -114,9 +153,26 @@ def _ninja_file(target: str, capability: tuple[int, int]) -> str:
     libraries = [f"-L{path}" for path in [*library_paths(), str(home / "lib64")]]
     libraries += ["-ltorch_python", "-ltorch_cuda", "-ltorch_cpu", "-ltorch", "-lc10_cuda", "-lc10", "-lcudart"]
     rules = {
-        "device": f"{escape(shlex.join(compile_command(capability)))} -c $in -o $out",
+        "device": keeping_command(compile_command(capability)),
         "host": f"{escape(shlex.join(host))} -c $in -o $out",
         "link": link_command(libraries),
     }
-    bindings = sorted((source_folder() / "cuda").rglob("*.cpp"))
-    return ninja_text(target, rules, [*(("device", source) for source in sources(capability)), *(("host", source) for source in bindings)])
+    bindings = [("host", source) for source in sorted((source_folder() / "cuda").rglob("*.cpp"))]
+    device_code = [("device", source) for source in sources(capability)]
+    return ninja_text(target, rules, device_code + bindings, objects(capability))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m sparse_attention._build_cuda", description="Compiles the device code into the cache.")
+    parser.add_argument("capability", help="the compute capability to compile for, such as 9.0")
+    major, _, minor = parser.parse_args().capability.partition(".")
+    if not (major.isdigit() and minor.isdigit()):
+        parser.error("the compute capability is two numbers, such as 9.0")
+    capability = int(major), int(minor)
+    if reason := obstacle(capability):
+        parser.error(reason)
+    compile_objects(capability)
+
+
+if __name__ == "__main__":
+    main()

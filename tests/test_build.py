@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import sparse_attention as sa
-from sparse_attention import _build, _build_cuda
+from sparse_attention import _build
 
 MODULE = """
 #include <Python.h>
@@ -102,7 +102,14 @@ def test_what_holds_no_vectors_is_compiled_once_for_all_instruction_sets(small, 
         said = capfd.readouterr().err
         compiled.append([name for name in ("bindings.cpp", "vectors.cpp") if name in said])
     assert compiled == [["bindings.cpp", "vectors.cpp"], ["vectors.cpp"]]
-    (small / "cpu" / "vectors.h").write_text("")  # the bindings may include it
+    for header in ("unused.h", "used.h"):
+        (small / "cpu" / header).write_text("")
+        _build.library()
+        assert "bindings.cpp" not in capfd.readouterr().err
+    (small / "bindings.cpp").write_text('#include "cpu/used.h"' + MODULE.replace("ANSWER", "42"))
+    _build.library()
+    (small / "cpu" / "used.h").write_text("#pragma once\n")
+    capfd.readouterr()
     _build.library()
     assert "bindings.cpp" in capfd.readouterr().err
     assert not [path for path in _build.cache_folder().iterdir() if path.suffix not in (".so", ".lock", ".o")]
@@ -240,14 +247,6 @@ def test_a_static_libstdcxx_that_the_linker_finds_first_stays_out(small, monkeyp
     monkeypatch.setattr(_build, "standard_library", lambda: [])
     fixed.unlink()
     assert defines_streams(_build.library()), "nothing was to be kept out"
-
-
-def test_both_libraries_are_linked_with_the_shared_libstdcxx(monkeypatch, tmp_path):
-    monkeypatch.setattr(_build, "standard_library", lambda: ["/some where/libstdc++.so.6"])
-    monkeypatch.setattr(_build_cuda, "nvcc", lambda: str(tmp_path / "bin" / "nvcc"))
-    for text in (_build._ninja_file("kernels.so"), _build_cuda._ninja_file("cuda.so", (9, 0))):
-        (link,) = [line for line in text.splitlines() if " -shared " in line]
-        assert link.endswith(" '/some where/libstdc++.so.6'")
 
 
 def test_no_fast_math():
