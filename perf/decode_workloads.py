@@ -17,11 +17,17 @@ from sparse_attention.breakeven.device import current_device
 from sparse_attention.decode_reference import decode_reference, visible
 from sparse_attention.patterns import SlidingWindow
 
+EAGER_CALLS = 20  # in a row: too long for the clock to take them into a graph
 FIRST_SEED = 2**31 - 1  # none that changes the tensors; a CPU's generator takes 32 bits
 
 
-def tree(nodes: int, prefix: int, dtype: str, heads: int = 32, kv_heads: int = 8, head_dim: int = 128) -> Workload:
-    """A random tree of `nodes` after `prefix` tokens; one node is a token's decoding. Ancestor words and masks are made beforehand."""
+def tree(
+    nodes: int, prefix: int, dtype: str, heads: int = 32, kv_heads: int = 8, head_dim: int = 128, eager: bool = False
+) -> Workload:
+    """A random tree of `nodes` after `prefix` tokens; one node is a token's decoding. Ancestor words and masks are made beforehand.
+
+    eager: EAGER_CALLS calls in a row from Python on a device that is idle at first, so that launching them counts.
+    """
     device = _device()
     kind = getattr(torch, dtype)
     generator = torch.Generator().manual_seed(0)
@@ -34,16 +40,18 @@ def tree(nodes: int, prefix: int, dtype: str, heads: int = 32, kv_heads: int = 8
     lengths = torch.tensor([prefix + nodes], device=device)
     seen = visible(lengths, nodes, prefix + nodes, words, -1, 0)[0]
     masks = {"mask": seen, "bias": torch.zeros(seen.shape, dtype=kind, device=device).masked_fill(~seen, -torch.inf)}
+    around = _in_a_row if eager else lambda call: call
     rivals = {}
     for name, mask in (masks if nodes > 1 else {"": None}).items():
-        ways = baselines.dense(q, k, v, causal=False, mask=mask)
+        ways = baselines.dense(q, k, v, causal=False, mask=mask, around=around)
         rivals.update({f"{way} {name}".strip(): _no_grad(call) for way, call in ways.items() if way != baselines.COMPILED})
     return Workload(
-        candidate=_no_grad(lambda: decode(q, k, v, lengths, ancestors=words)),
+        candidate=_no_grad(around(lambda: decode(q, k, v, lengths, ancestors=words))),
         baselines=rivals,
         check=lambda out: _check(out, q, k, v, lengths, words),
         inputs=(q, k, v),
         refresh=refresh,
+        note=f"{EAGER_CALLS} calls in a row, launches included" if eager else "",
     )
 
 
@@ -105,6 +113,17 @@ def _check(out, q, k, v, lengths, words) -> None:
     want, _ = decode_reference(q.double(), k.double(), v.double(), lengths, words, -1, 0, None, q.shape[3] ** -0.5)
     tolerance = 1e-5 if out.dtype == torch.float32 else 2e-2
     torch.testing.assert_close(out.double(), want, atol=tolerance, rtol=tolerance)
+
+
+def _in_a_row(call: baselines.Call) -> baselines.Call:
+    def run():
+        if current_device() == "cuda":
+            torch.cuda.synchronize()
+        for _ in range(EAGER_CALLS):
+            out = call()
+        return out
+
+    return run
 
 
 def _draw(tensors, seed: int) -> None:

@@ -29,9 +29,13 @@ FLEX_MOST = 2**31 - 1  # elements of a tensor that 32-bit indices reach: with 64
 MATH_BYTES = 1 << 26  # the math backend writes all scores: it is a rival only while they fit the caches
 
 
-def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool, mask: torch.Tensor | None = None) -> dict[str, Call]:
+def dense(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool, mask: torch.Tensor | None = None,
+    around: Callable[[Call], Call] = lambda call: call,
+) -> dict[str, Call]:  # fmt: skip
     """SDPA in each way that might be the fastest; the first is what a plain call gives. `mask` instead of `causal`.
 
+    around: makes of SDPA's call what is timed, such as many in a row; not of the compiled one's. A backend is chosen once around that.
     Compiled too on CUDA. On CPU only under COMPILED_FLAG: it calls the same kernel there after its guards.
     """
     grouped = q.shape[1] != k.shape[1]
@@ -39,7 +43,7 @@ def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool, ma
     def sdpa():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
 
-    ways = {"sdpa": sdpa}
+    ways = {"sdpa": around(sdpa)}
     if grouped:
         group = q.shape[1] // k.shape[1]
 
@@ -47,11 +51,11 @@ def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool, ma
             k_all, v_all = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
             return F.scaled_dot_product_attention(q, k_all, v_all, attn_mask=mask, is_causal=causal)
 
-        ways["sdpa, heads repeated"] = repeated
+        ways["sdpa, heads repeated"] = around(repeated)
     for backend in _further_backends(q, k):
-        ways[f"sdpa {backend.name.lower()}"] = _on(backend, sdpa)
+        ways[f"sdpa {backend.name.lower()}"] = _on(backend, around(sdpa))
     if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and mask is None and (q.shape[2] == k.shape[2] or not causal):
-        ways |= flash_attn(q, k, v, causal=causal)
+        ways |= {name: around(call) for name, call in flash_attn(q, k, v, causal=causal).items()}
     if q.is_cuda or (os.environ.get(COMPILED_FLAG) == "1" and not q.requires_grad):
         compiled = functools.cache(lambda: torch.compile(sdpa, dynamic=False))  # seconds, so not before it is called
         ways[COMPILED] = lambda: compiled()()

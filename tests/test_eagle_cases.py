@@ -24,6 +24,7 @@ SMALL = {
     "step": (eagle_workloads.step, {"vocab": 600, "layers": 2, "rows": 400, "dtype": "float32"}),
     "draft": (eagle_workloads.draft, {"vocab": 700, "dtype": "float32"}),
     "tree": (decode_workloads.tree, {"nodes": 9, "prefix": 30, **HEADS}),
+    "tree, eager": (decode_workloads.tree, {"nodes": 9, "prefix": 0, "eager": True, **HEADS}),
     "window": (decode_workloads.window, {"batch": 3, "window": 16, "length": 90, **HEADS}),
 }
 
@@ -63,6 +64,23 @@ def test_a_wrong_output_is_found(name, monkeypatch):
         monkeypatch.setattr(eagle, "commit", lambda *caches_and_path, hidden: nothing)
         with pytest.raises(AssertionError):
             workload.check(right)
+
+
+def test_eager_calls_are_made_in_a_row_on_both_sides(monkeypatch):
+    calls = []
+
+    def count(module, name):
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, **options: (calls.append(name), function(*args, **options))[1])
+
+    count(decode_workloads, "decode")
+    count(torch.nn.functional, "scaled_dot_product_attention")
+    workload = decode_workloads.tree(nodes=9, prefix=0, eager=True, **HEADS)
+    assert {"sdpa mask", "sdpa bias", "sdpa, heads repeated mask", "sdpa math mask"} <= {*workload.baselines}
+    for name, call in {"": workload.candidate, **workload.baselines}.items():
+        calls.clear()
+        call()
+        assert calls == ["scaled_dot_product_attention" if name else "decode"] * decode_workloads.EAGER_CALLS
 
 
 def test_flex_attention_is_given_the_window_of_the_whole_cache(monkeypatch):
