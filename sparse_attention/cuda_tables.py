@@ -30,9 +30,8 @@ class Part(NamedTuple):
     stride: int
     merge: int
     has_dead: bool
-    work: torch.Tensor  # int32 [tiles of queries, 12], in the order in which they are taken, processor by processor
-    starts: torch.Tensor  # int32 [processors + 1]: processor p takes work[starts[p] : starts[p + 1]]
-    row_start: torch.Tensor
+    work: torch.Tensor  # int32 [tiles of queries, 16]: each processor's first, then the others in the order in which they are taken, processor by processor
+    starts: torch.Tensor  # int32 [processors + 1]: processor p takes work[p], where there is one, then work[starts[p] : starts[p + 1]]
     runs: torch.Tensor  # int32 [n_runs, 3]
     masks: torch.Tensor
     dead: torch.Tensor  # int64 [n_masks, keys / 64]: keys that no query of the tile sees
@@ -64,7 +63,7 @@ def tables(found: Layout, device: torch.device, processors: int, halves: bool = 
             work, starts = items[mine], np.zeros(processors + 1, np.int32)
             if not halves:
                 work, starts = _shared_out(work, length[mine], processors)
-            moved = (torch.from_numpy(np.ascontiguousarray(x)).to(device) for x in (work, starts, part.row_start.numpy(), *shared[1:]))
+            moved = (torch.from_numpy(np.ascontiguousarray(x)).to(device) for x in (_with_runs(work, part, shared[1]), starts, *shared[1:]))
             parts.append(Part(int(stride), int(merge), shared[0], *moved))
     return parts
 
@@ -101,7 +100,7 @@ def _shared_tables(found: Layout, part: LayoutPart, halves: bool) -> tuple:
 
 
 def _work(found: Layout, part: LayoutPart) -> np.ndarray:
-    """One row for each tile of queries of each head, as struct Work."""
+    """One row for each tile of queries of each head: struct Work, with the row of the layout in place of its runs, and q_long, k_long."""
     views, bounds = part.views.numpy(), part.variant_views.numpy()
     of_variant = []  # items of head 0
     for first, stop in zip(bounds, bounds[1:]):
@@ -119,6 +118,15 @@ def _work(found: Layout, part: LayoutPart) -> np.ndarray:
     return work
 
 
+def _with_runs(work: np.ndarray, part: LayoutPart, runs: np.ndarray) -> np.ndarray:
+    """The items as struct Work: int32 [items, 16]."""
+    row_start = part.row_start.numpy().astype(np.int32)
+    first, end = row_start[work[:, 1]], row_start[work[:, 1] + 1]
+    first_run = np.append(runs, [[0, 0, 0]], axis=0)[np.where(first < end, first, -1)]
+    columns = [work[:, 0], first, end, *work[:, 2:10].T, work[:, 10] + 2 * work[:, 11], *first_run.T, np.zeros_like(first)]
+    return np.stack(columns, axis=1).astype(np.int32)
+
+
 def _long_first(found: Layout, part: LayoutPart, work: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The work and how many key tiles each item has: long ones first, a few heads at a time."""
     tiles = np.concatenate([[0], np.cumsum(part.runs.numpy()[:, 1])])[part.row_start.numpy()]
@@ -128,7 +136,7 @@ def _long_first(found: Layout, part: LayoutPart, work: np.ndarray) -> tuple[np.n
 
 
 def _shared_out(work: np.ndarray, length: np.ndarray, processors: int) -> tuple[np.ndarray, np.ndarray]:
-    """The work in turn to whichever processor is free first, and where each processor's begins."""
+    """The work in turn to whichever processor is free first: each one's first item, then the others of each, and where these begin."""
     free = [(0.0, p) for p in range(processors)]
     heapify(free)
     taker = np.empty(len(work), np.int64)
@@ -136,8 +144,9 @@ def _shared_out(work: np.ndarray, length: np.ndarray, processors: int) -> tuple[
         until, p = free[0]
         taker[n] = p
         heapreplace(free, (until + cost, p))
-    starts = np.concatenate([[0], np.cumsum(np.bincount(taker, minlength=processors))])
-    return work[np.argsort(taker, kind="stable")], starts.astype(np.int32)
+    first = min(processors, len(work))  # the first items go to one processor each, in its turn
+    starts = first + np.concatenate([[0], np.cumsum(np.bincount(taker[first:], minlength=processors))])
+    return np.concatenate([work[:first], work[first:][np.argsort(taker[first:], kind="stable")]]), starts.astype(np.int32)
 
 
 def _dead_masks(found: Layout, part: LayoutPart, seen: np.ndarray, alone: bool) -> np.ndarray:

@@ -101,6 +101,7 @@ def blocks() -> None:
     attend("tile", sa.LiveBlocks(random_blocks(3, 3), 128), 300, 300, 64, torch.float16)
     attend("tile", sa.BlockSparse(random_blocks(40, 40), 64) & sa.Causal(), 2560, 2560, 64)
     attend("tile", sa.BlockSparse(random_blocks(9, 9), 32), 270, 270)
+    attend("tile", sa.LiveBlocks(random_blocks(4, 80), 64), 250, 5100, times=2)  # items that are cut over their keys
     # More items than an H100 holds blocks, 132 of sm90 and 264 of sm80: the others are taken by a counter, which every call clears.
     attend("tile", sa.LiveBlocks(random_blocks(63, 3), 64), 4000, 190, heads=4, batch=4, times=2)
     attend("tile", sa.BlockSparse(random_blocks(4, 32, 2), 128), 4000, 190, dtype=torch.float16, heads=4, kv_heads=2, batch=4, times=2)

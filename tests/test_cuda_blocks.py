@@ -95,6 +95,30 @@ def test_a_graph_cannot_hold_what_the_host_reads():
             sa.attention(q, k, v, pattern)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="items are cut on the sm90 tier")
+@pytest.mark.parametrize("heads, blocks, long, parts", ((16, 512, 2, 8), (3, 200, 3, 4), (1, 64, 0, 1), (1, 64, 64, 4), (16, 64, 64, 1)))
+def test_long_items_are_cut(heads, blocks, long, parts):
+    """Each item is there once, or each of its parts; parts are of several tiles, and their slots do not overlap."""
+    length = 64 * blocks
+    mask = torch.eye(blocks, dtype=torch.bool, device="cuda").repeat(heads, 1, 1)
+    mask[:, :long] = True
+    (part,) = cuda_tables.tables(layout(sa.Dense(), length, length, heads, Tile(cuda_tables.QUERIES, 64)), mask.device, 132, halves=True)
+    native = _build_cuda.kernels(torch.cuda.get_device_capability())
+    made = native.filter(native.Layout([native.Part(*part)], heads, length, length, 64, 90), mask, 64)
+    order = made.order[: int(made.n_order)].tolist()
+    taken, slots = {}, []
+    for piece in order:
+        item, cut = piece & (1 << 30) - 1, piece >> 32
+        taken.setdefault(item, []).append((0, 1) if cut < 0 else (cut // 32 % 32, cut % 32 + 1))
+        if cut >= 0:
+            slots.append(cut // 1024 + cut // 32 % 32)
+    assert sorted(taken) == list(range(len(part.work)))
+    for mine in taken.values():
+        assert sorted(mine) == [(n, mine[0][1]) for n in range(mine[0][1])]
+    assert sorted(slots) == list(range(len(slots))) and len(slots) <= 8 * 132
+    assert max(len(mine) for mine in taken.values()) == parts
+
+
 @pytest.mark.parametrize("heads, blocks, density", ((32, 1024, 0.1), (5, 300, 0.5), (2, 77, 1.0), (130, 32, 0.2)))
 def test_bits_and_order(heads, blocks, density):
     """The packed mask is the mask; the order holds each item once, outliers first, then few heads at a time, by length and place, roughly."""
@@ -110,15 +134,16 @@ def test_bits_and_order(heads, blocks, density):
     either = made.bits[:, 0::2] | made.bits[:, 1::2]
     used = (made.used.unsqueeze(-1) >> torch.arange(64, device="cuda") & 1).bool().flatten(2)[..., : either.shape[2]]
     assert torch.equal(used, either != 0)
-    order = made.order.long()
-    same, order = order >> 30 != 0, order & (1 << 30) - 1
+    order = made.order[: int(made.n_order)]
+    assert len(order) == len(items) and (order >> 32 == -1).all(), "no item is cut but on the sm90 tier"
+    same, order = order >> 30 & 1 != 0, order & (1 << 30) - 1
     assert torch.equal(order.sort().values, torch.arange(len(items), device="cuda"))
     items = items[order].long()
     halves_equal = (made.bits[:, 0::2] == made.bits[:, 1::2]).all(-1)
-    assert torch.equal(same, halves_equal[items[:, 0], items[:, 2]])
+    assert torch.equal(same, halves_equal[items[:, 0], items[:, 3]])
     below = torch.ones(blocks, blocks, dtype=torch.bool, device="cuda").tril()
     seen = torch.nn.functional.pad(mask & below, (0, 0, 0, blocks % 2)).unflatten(1, (-1, 2)).any(2).sum(-1)
-    length_of = seen[items[:, 0], items[:, 2]].double()
+    length_of = seen[items[:, 0], items[:, 3]].double()
     bound = 4 * length_of.mean()
     outlier = length_of > bound
     assert torch.equal(outlier, outlier.sort(descending=True).values)
@@ -129,6 +154,6 @@ def test_bits_and_order(heads, blocks, density):
     tiles = made.bits.shape[1] // 2
     for one in section.unique():
         mine = section == one
-        lengths, places = length_of[~outlier][mine], items[~outlier, 2][mine] * 8 // tiles
+        lengths, places = length_of[~outlier][mine], items[~outlier, 3][mine] * 8 // tiles
         assert (lengths.diff() <= bound / 8 + 1).all()
         assert (places.diff()[lengths.diff() == 0] >= 0).all()

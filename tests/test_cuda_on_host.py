@@ -41,20 +41,27 @@ def library(tmp_path_factory):
 
 
 def forward(library, q, k, v, pattern, keys=64, bits=None, order=None, barriers=True, seed=0):
-    """(out, lse) by three blocks of threads. bits: int64 [heads, 64-row halves, words] of a block mask; order: of the items, with it."""
+    """(out, lse) by three blocks of threads. bits: int64 [heads, 64-row halves, words] of a block mask; order: of the items, with it, each
+    with what it is cut into in the upper half of an int64, see struct Piece; -1 there is nothing.
+    """
     batch, heads, q_len, head_dim = q.shape
     blocks, tile = 3, Tile(cuda_tables.QUERIES, keys)
     parts = cuda_tables.tables(layout(pattern, q_len, k.shape[2], heads, tile), q.device, blocks, halves=bits is not None)
     out, lse, partial = torch.full_like(q, 7.0), torch.full(q.shape[:3], 7.0), torch.full(q.shape, torch.nan)
     strides = [step for x in (q, k, v, out) for step in x.stride()[:3]]
     for part in parts:
-        tables = part.work, part.starts, part.row_start, part.runs, part.masks, part.dead, part.marks
+        tables = part.work, part.starts, part.runs, part.masks, part.dead, part.marks
         pointers = [0 if x is None else x.data_ptr() for x in (q, k, v, out, partial, lse, *tables, bits, order)]
         sizes = [len(part.work), batch, heads, k.shape[1], q_len, k.shape[2], head_dim, keys, part.merge]
-        sizes += [*((0, 0, 0) if bits is None else bits.shape), part.marks.shape[1] - 1]
-        arrays = (ctypes.c_void_p * 15)(*pointers), (ctypes.c_int64 * 12)(*strides), (ctypes.c_int32 * 13)(*sizes)
+        sizes += [*((0, 0, 0) if bits is None else bits.shape), part.marks.shape[1] - 1, 0 if order is None else len(order)]
+        arrays = (ctypes.c_void_p * 14)(*pointers), (ctypes.c_int64 * 12)(*strides), (ctypes.c_int32 * 14)(*sizes)
         assert library.run(*arrays, ctypes.c_float(head_dim**-0.5), blocks, int(barriers), seed) == 0
     return out, lse
+
+
+def whole(*items):
+    """The order of items that are not cut."""
+    return torch.tensor(items) & 0xFFFFFFFF | -1 << 32
 
 
 def tensors(batch, heads, kv_heads, q_len, kv_len, head_dim):
@@ -112,7 +119,7 @@ def test_a_block_mask_filters_the_tiles(library, keys):
     seen[1, 2:] = False
     bits = (seen.long() << torch.arange(seen.shape[2])).sum(2, keepdim=True)
     mask = seen.repeat_interleave(64, 1)[:, :200].repeat_interleave(keys, 2)[:, :, :330] & sa.Causal().mask(200, 330, 2)
-    order = torch.tensor([2, 0, 3, 1], dtype=torch.int32)
+    order = whole(2, 0, 3, 1)
     assert is_right(q, k, v, mask, *forward(library, q, k, v, sa.Causal(), keys, bits, order))
 
 
@@ -123,7 +130,7 @@ def test_words_of_a_block_mask_without_bits_are_passed_over(library):
         seen[0, half, tile] = True
     words = seen.unflatten(2, (-1, 64)).long() << torch.arange(64)
     mask = seen.repeat_interleave(64, 1).repeat_interleave(64, 2)[..., : 64 * 4300]
-    assert is_right(q, k, v, mask, *forward(library, q, k, v, sa.Dense(), 64, words.sum(3), torch.tensor([0], dtype=torch.int32)))
+    assert is_right(q, k, v, mask, *forward(library, q, k, v, sa.Dense(), 64, words.sum(3), whole(0)))
 
 
 def test_strides(library):

@@ -26,7 +26,9 @@ def read(found, parts, q_len, kv_len, heads, blocks=None):
     for part in parts:
         masks = part.masks.numpy().view(np.uint64)
         bits = (masks[..., None] >> np.arange(64, dtype=np.uint64) & np.uint64(1)).astype(bool).reshape(len(masks), 128, keys)
-        for head, row, tile, q_residue, q_step, k_residue, k_step, q_first, stride, q_count, q_long, k_long in part.work.numpy():
+        for head, run, end, tile, q_residue, q_step, k_residue, k_step, q_first, stride, q_count, longs, *first_run, _ in part.work.numpy():
+            assert first_run == (part.runs[run].tolist() if run < end else [0, 0, 0])
+            q_long, k_long = longs % 2, longs // 2
             assert stride == part.stride and q_residue < stride and q_residue + q_step * stride == q_first
             steps = q_len // stride + q_long
             assert q_long == (q_residue < q_len % stride) and q_step + q_count == steps
@@ -34,7 +36,7 @@ def read(found, parts, q_len, kv_len, heads, blocks=None):
             q = q_first + stride * local[local < q_count]
             assert len(q)
             merges[head, q] += str(part.merge)
-            for first, count, mark in part.runs.numpy()[part.row_start[row] : part.row_start[row + 1]]:
+            for first, count, mark in part.runs.numpy()[run:end]:
                 for t in range(first, first + count):
                     step = k_step + keys * t + np.arange(keys)
                     inside = step < kv_len // stride + k_long  # the rest is outside of the tensor map
@@ -101,11 +103,11 @@ def test_only_keys_that_nobody_sees_are_dead():
 def test_work_is_shared_out_evenly_and_long_rows_come_first():
     for pattern in (SlidingWindow(300), Longformer(100, 4), Causal()):
         part = cuda_tables.tables(layout(pattern, 16384, 16384, 5, Tile(128, 128)), torch.device("cpu"), 8)[0]
-        tiles = np.concatenate([[0], part.runs[:, 1].numpy().cumsum()])[part.row_start.numpy()]
-        lengths = np.diff(tiles)[part.work[:, 1].numpy()]
+        tiles = np.concatenate([[0], part.runs[:, 1].numpy().cumsum()])
+        lengths = tiles[part.work[:, 2]] - tiles[part.work[:, 1]]
         starts = part.starts.tolist()
-        assert starts[0] == 0 and starts[-1] == len(part.work)
-        mine = [lengths[a:b] for a, b in zip(starts, starts[1:])]
+        assert starts[0] == 8 and starts[-1] == len(part.work)
+        mine = [np.concatenate([lengths[p : p + 1], lengths[a:b]]) for p, (a, b) in enumerate(zip(starts, starts[1:]))]
         loads = [one.sum() + cuda_tables.BETWEEN * len(one) for one in mine]
         assert max(loads) - min(loads) < lengths.max() + cuda_tables.BETWEEN
         assert all(one[0] == max(one) for one in mine if max(one) > cuda_tables.LONG * lengths.mean())
@@ -113,7 +115,7 @@ def test_work_is_shared_out_evenly_and_long_rows_come_first():
 
 def test_fewer_rows_than_processors():
     part = cuda_tables.tables(layout(SlidingWindow(30), 200, 200, 2, Tile(128, 128)), torch.device("cpu"), 8)[0]
-    assert part.starts.tolist() == [0, 1, 2, 3, 4, 4, 4, 4, 4]
+    assert len(part.work) == 4 and part.starts.tolist() == [4] * 9
 
 
 def test_heads_of_different_strides_go_in_different_launches():

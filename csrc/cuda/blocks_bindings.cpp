@@ -46,10 +46,15 @@ Filter filter(const Layout& layout, const Tensor& mask_in, int64_t block) {
   Tables t = part.tables(1);
   made.apply(t, part);
   const Tensor lengths = at::empty({t.n_work}, mask.options().dtype(at::kInt));
-  made.order = at::empty_like(lengths);
+  // Parts are for the kernels that share a tile's halves out: of the sm90 tier, tiles of 64 keys.
+  const int64_t processors = layout.tier == 90 && layout.keys == 64 ? part.starts.numel() - 1 : 0;
+  made.order = at::empty({blocks::most_pieces(t.n_work, processors)}, mask.options().dtype(at::kLong));
+  made.n_order = at::empty({1}, lengths.options());
+  made.slots = blocks::most_slots(t.n_work, processors);
   C10_CUDA_CHECK(static_cast<cudaError_t>(blocks::count(t, lengths.data_ptr<int32_t>(), reinterpret_cast<uint64_t*>(made.used.data_ptr<int64_t>()), stream)));
   C10_CUDA_CHECK(static_cast<cudaError_t>(
-      blocks::sort(t, lengths.data_ptr<int32_t>(), made.order.data_ptr<int32_t>(), layout.heads, section_of(layout.kv_len), kOutlier, stream)));
+      blocks::sort(t, lengths.data_ptr<int32_t>(), reinterpret_cast<Piece*>(made.order.data_ptr<int64_t>()), made.n_order.data_ptr<int32_t>(),
+                   layout.heads, section_of(layout.kv_len), kOutlier, processors, stream)));
   return made;
 }
 

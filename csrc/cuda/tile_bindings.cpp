@@ -55,12 +55,12 @@ void check_shapes(const Tensor& q, const Tensor& k, const Tensor& v, const Layou
 
 }  // namespace
 
-Part::Part(int64_t stride, int64_t merge, bool has_dead, const Tensor& work, const Tensor& starts, const Tensor& row_start, const Tensor& runs,
+Part::Part(int64_t stride, int64_t merge, bool has_dead, const Tensor& work, const Tensor& starts, const Tensor& runs,
            const Tensor& masks, const Tensor& dead, const Tensor& marks)
     : stride(stride), merge(static_cast<Merge>(merge)), has_dead(has_dead), work(table(work, at::kInt, "work")),
-      starts(table(starts, at::kInt, "starts")), row_start(table(row_start, at::kInt, "row_start")), runs(table(runs, at::kInt, "runs")),
+      starts(table(starts, at::kInt, "starts")), runs(table(runs, at::kInt, "runs")),
       masks(table(masks, at::kLong, "masks")), dead(table(dead, at::kLong, "dead")), marks(table(marks, at::kInt, "marks")) {
-  TORCH_CHECK(work.dim() == 2 && work.size(1) == 12, "work has shape ", work.sizes(), ", expected [items, 12]");
+  TORCH_CHECK(work.dim() == 2 && work.size(1) == 16, "work has shape ", work.sizes(), ", expected [items, 16]");
   TORCH_CHECK(merge >= kAlone && merge <= kLastPart, "merge is ", merge, ", expected 0 to 3");
 }
 
@@ -68,7 +68,6 @@ Tables Part::tables(int64_t batch) const {
   Tables t{};
   t.work = reinterpret_cast<const Work*>(work.data_ptr<int32_t>());
   t.starts = starts.data_ptr<int32_t>();
-  t.row_start = row_start.data_ptr<int32_t>();
   t.runs = reinterpret_cast<const Run*>(runs.data_ptr<int32_t>());
   t.masks = reinterpret_cast<const uint64_t*>(masks.data_ptr<int64_t>());
   t.dead = reinterpret_cast<const uint64_t*>(dead.data_ptr<int64_t>());
@@ -82,7 +81,9 @@ void Filter::apply(Tables& t, const Part& part) const {
   t.bit_heads = bits.size(0), t.bit_rows = bits.size(1), t.bit_words = bits.size(2);
   t.marks = part.marks.data_ptr<int32_t>();
   t.bit_masks = part.marks.size(1) - 1;
-  t.order = order.defined() ? order.data_ptr<int32_t>() : nullptr;
+  if (!order.defined()) return;
+  t.order = reinterpret_cast<const Piece*>(order.data_ptr<int64_t>());
+  t.n_order = n_order.data_ptr<int32_t>();
 }
 
 Layout::Layout(std::vector<Part> parts, int64_t heads, int64_t q_len, int64_t kv_len, int64_t keys, int64_t tier)
@@ -103,11 +104,14 @@ std::tuple<Tensor, Tensor> tile_forward(const Tensor& q_in, const Tensor& k_in, 
   const Tensor lse = with_lse ? at::empty({q.size(0), q.size(1), q.size(2)}, q.options().dtype(at::kFloat)) : Tensor();
   const Tensor partial = layout.merges ? at::empty(q.sizes(), q.options().dtype(at::kFloat)) : Tensor();
   const auto stream = at::cuda::getCurrentCUDAStream();
-  Tensor ticket;
+  Tensor tickets, cuts;  // what was taken, and the parts that are done; the parts' outputs and log-sum-exps
+  int64_t slots = filter && q.size(3) <= 128 ? filter->slots * q.size(0) : 0;
+  if (slots > kMostSlots) slots = 0;  // then items are taken whole
   if (filter) {
-    ticket = at::empty({1}, q.options().dtype(at::kInt));
-    C10_CUDA_CHECK(cudaMemsetAsync(ticket.data_ptr(), 0, ticket.nbytes(), stream));
+    tickets = at::empty({1 + 2 * slots}, q.options().dtype(at::kInt));
+    C10_CUDA_CHECK(cudaMemsetAsync(tickets.data_ptr(), 0, tickets.nbytes(), stream));
   }
+  if (slots) cuts = at::empty({slots * kTileQueries * (q.size(3) + 1)}, q.options().dtype(at::kFloat));
   const Kernel run = kernel(layout.tier, q.scalar_type());
   for (const Part& part : layout.parts) {
     Forward f{strided(q), strided(k), strided(v), strided(out)};
@@ -117,7 +121,12 @@ std::tuple<Tensor, Tensor> tile_forward(const Tensor& q_in, const Tensor& k_in, 
     f.tables = part.tables(q.size(0));
     TORCH_CHECK_VALUE(int64_t{f.tables.batch} * f.tables.n_work < int64_t{1} << 29, "q has ", f.tables.batch, " times ", f.tables.n_work,
                       " tiles of ", kTileQueries, " queries, expected less than ", int64_t{1} << 29, " in all");
-    if (filter) filter->apply(f.tables, part), f.tables.ticket = ticket.data_ptr<int32_t>();
+    if (filter) filter->apply(f.tables, part), f.tables.ticket = tickets.data_ptr<int32_t>();
+    f.tables.cuts = slots > 0;
+    if (slots) {
+      float* const outs = cuts.data_ptr<float>();
+      f.cuts = {outs, outs + slots * kTileQueries * q.size(3), reinterpret_cast<uint32_t*>(tickets.data_ptr<int32_t>()) + 1, int32_t(filter->slots)};
+    }
     f.batch = q.size(0), f.heads = q.size(1), f.kv_heads = k.size(1);
     f.q_len = layout.q_len, f.kv_len = layout.kv_len, f.head_dim = q.size(3);
     f.stride = part.stride, f.keys = layout.keys;
@@ -132,9 +141,9 @@ std::tuple<Tensor, Tensor> tile_forward(const Tensor& q_in, const Tensor& k_in, 
 
 void bind_tile(pybind11::module_& m) {
   pybind11::class_<Part>(m, "Part").def(pybind11::init<int64_t, int64_t, bool, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                                       const Tensor&, const Tensor&, const Tensor&>());
+                                                       const Tensor&, const Tensor&>());
   pybind11::class_<Layout>(m, "Layout").def(pybind11::init<std::vector<Part>, int64_t, int64_t, int64_t, int64_t, int64_t>());
-  pybind11::class_<Filter>(m, "Filter").def_readonly("bits", &Filter::bits).def_readonly("used", &Filter::used).def_readonly("order", &Filter::order);
+  pybind11::class_<Filter>(m, "Filter").def_readonly("bits", &Filter::bits).def_readonly("used", &Filter::used).def_readonly("order", &Filter::order).def_readonly("n_order", &Filter::n_order);
   m.def("sm80_resident_blocks", &sm80::resident_blocks);
   m.def("tile_forward", &tile_forward, pybind11::arg("q"), pybind11::arg("k"), pybind11::arg("v"), pybind11::arg("layout"),
         pybind11::arg("scale"), pybind11::arg("filter") = nullptr, pybind11::arg("with_lse") = true);

@@ -14,7 +14,7 @@ using at::Tensor;
 
 // One launch: the items of work that are handed out together, see struct Tables.
 struct Part {
-  Part(int64_t stride, int64_t merge, bool has_dead, const Tensor& work, const Tensor& starts, const Tensor& row_start, const Tensor& runs,
+  Part(int64_t stride, int64_t merge, bool has_dead, const Tensor& work, const Tensor& starts, const Tensor& runs,
        const Tensor& masks, const Tensor& dead, const Tensor& marks);
 
   Tables tables(int64_t batch) const;
@@ -22,13 +22,15 @@ struct Part {
   int64_t stride;
   Merge merge;
   bool has_dead;
-  Tensor work, starts, row_start, runs, masks, dead, marks;
+  Tensor work, starts, runs, masks, dead, marks;
   std::shared_ptr<KeptMaps> kept = std::make_shared<KeptMaps>();
 };
 
 // Which key tiles each 64 queries may see beside what the layout says, and the order of its items.
 struct Filter {
-  Tensor bits, used, order;
+  Tensor bits, used;
+  Tensor order, n_order;  // int64 [items and parts at most], a Piece each; int32 [1]
+  int64_t slots = 0;      // of the outputs of parts; 0 where no item is cut
 
   void apply(Tables& t, const Part& part) const;
 };

@@ -4,7 +4,16 @@
 
 namespace sparse_attention {
 
-// The items of one block, over all batches: from a list of its own, or the next of an order that all blocks share. For one thread, a lane 0.
+// Struct Piece's `cut`, of a part.
+__device__ __forceinline__ int part_of(int cut) { return cut / kMostParts % kMostParts; }
+__device__ __forceinline__ int parts_of(int cut) { return cut % kMostParts + 1; }
+__device__ __forceinline__ int slot_of(int cut) { return cut / (kMostParts * kMostParts); }
+
+// The first tile of a part of a cut item.
+__device__ __forceinline__ int part_begin(const Tables& t, int cut, int part) { return int64_t{64} * t.bit_words * part / parts_of(cut); }
+
+// The items of one block, over all batches: from a list of its own, or the next of an order that all blocks share, where the
+// first of an item's parts stands for all of it. For one thread, a lane 0.
 struct Share {
   int batch = -1, n = 0;  // the item at hand: work[n] of this batch
   bool both = false;      // under a filter: whether both halves of its queries see the same tiles
@@ -13,18 +22,23 @@ struct Share {
   __device__ __forceinline__ bool next(const Tables& t) {
     const int blocks = gridDim.x, block = blockIdx.x;
     if (t.order) {
-      // Shuffled, the ticket is known to be one for the warp and takes uniform registers; without, the producer of sm90 spills.
-      const int at = turn++ ? blocks + __shfl_sync(1, atomicAdd(t.ticket, 1), 0) : block;
-      if (at >= t.batch * t.n_work) return false;
-      batch = at / t.n_work;
-      n = t.order[at - batch * t.n_work];
-      both = n & kSame, n &= ~kSame;
+      const int count = *t.n_order;
+      Piece piece;
+      do {
+        // Shuffled, the ticket is known to be one for the warp and takes uniform registers; without, the producer of sm90 spills.
+        const int at = turn++ ? blocks + __shfl_sync(1, atomicAdd(t.ticket, 1), 0) : block;
+        if (at >= t.batch * count) return false;
+        batch = at / count;
+        piece = t.order[at - batch * count];
+      } while (piece.cut >= 0 && part_of(piece.cut) > 0);
+      n = piece.item & ~kSame, both = piece.item & kSame;
       return true;
     }
     while (turn == stop) {
       if (++batch == t.batch) return false;
       const int list = (block + blocks - batch * t.n_work % blocks) % blocks;  // each batch begins where the last one ended
       turn = t.starts[list], stop = t.starts[list + 1];
+      if (list < t.n_work) return n = list, true;  // while the list's other items are looked up
     }
     n = turn++;
     return true;
@@ -38,12 +52,13 @@ class Walk {
 
   // The item's first tile is at hand after two steps, and known to be there, or `empty`, after one.
   __device__ __forceinline__ void begin(const Tables& t, const Work& w) {
-    at = stop = next_mark = 0, filter = word = next_tile = -1;
+    at = w.run.first, stop = at + w.run.count, run_mask = w.run.mask;
+    next_mark = 0, filter = word = next_tile = -1;
     if (t.bits) {
       filter = w.head % t.bit_heads * (t.bit_rows / 2) + w.tile;
       ask(t, 0);  // most runs begin there
     }
-    run = t.row_start[w.row], end = t.row_start[w.row + 1];
+    run = min(w.first_run + 1, w.end_run), end = w.end_run;
   }
 
   __device__ __forceinline__ bool empty() const { return next_tile < 0; }

@@ -24,10 +24,12 @@ extern "C" __attribute__((visibility("default"))) int run(void** pointers, const
   p.partial = static_cast<float*>(pointers[4]), p.lse = static_cast<float*>(pointers[5]);
   Tables& t = p.tables;
   t.work = static_cast<const Work*>(pointers[6]), t.starts = static_cast<const int32_t*>(pointers[7]);
-  t.row_start = static_cast<const int32_t*>(pointers[8]), t.runs = static_cast<const Run*>(pointers[9]);
-  t.masks = static_cast<const uint64_t*>(pointers[10]), t.dead = static_cast<const uint64_t*>(pointers[11]);
-  t.marks = static_cast<const int32_t*>(pointers[12]);
-  t.bits = static_cast<const uint64_t*>(pointers[13]), t.order = static_cast<const int32_t*>(pointers[14]);
+  t.runs = static_cast<const Run*>(pointers[8]);
+  t.masks = static_cast<const uint64_t*>(pointers[9]), t.dead = static_cast<const uint64_t*>(pointers[10]);
+  t.marks = static_cast<const int32_t*>(pointers[11]);
+  t.bits = static_cast<const uint64_t*>(pointers[12]), t.order = static_cast<const Piece*>(pointers[13]);
+  const int32_t n_order = sizes[13];
+  t.n_order = &n_order;
   t.n_work = sizes[0], t.batch = sizes[1], p.heads = sizes[2], p.group = sizes[2] / sizes[3], p.q_len = sizes[4], p.kv_len = sizes[5];
   p.head_dim = sizes[6], p.keys = sizes[7], p.merge = static_cast<Merge>(sizes[8]);
   const std::vector<uint64_t> used = host::used_words(t.bits, sizes[9] * sizes[10] / 2, sizes[11]);

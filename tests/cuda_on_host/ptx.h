@@ -22,7 +22,28 @@ inline uint32_t __ballot_sync(unsigned, bool value) {
 
 inline int __popcll(uint64_t x) { return __builtin_popcountll(x); }
 
-inline int __shfl_sync(unsigned, int value, int) { return value; }  // by one lane for itself
+// Of the whole warp, or by one lane for itself.
+inline int __shfl_sync(unsigned lanes, int value, int from) {
+  struct {
+    int value, from;
+  } mine{value, from};
+  if (lanes == ~0u)
+    host::together(mine, [](auto** x) {
+      const int of = x[0]->from, brought = x[of]->value;
+      for (int lane = 0; lane < 32; ++lane) x[lane]->value = brought;
+    });
+  return mine.value;
+}
+
+inline int __shfl_up_sync(unsigned, int value, int step) {
+  struct {
+    int value, got, step;
+  } mine{value, value, step};
+  host::together(mine, [](auto** x) {
+    for (int lane = 0; lane < 32; ++lane) x[lane]->got = x[max(0, lane - x[lane]->step)]->value;
+  });
+  return mine.got;
+}
 
 namespace sparse_attention::sm80 {
 

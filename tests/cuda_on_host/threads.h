@@ -192,3 +192,5 @@ inline float __logf(float x) { return std::log(x); }
 inline float __expf(float x) { return std::exp(x); }
 inline int __ffsll(uint64_t x) { return __builtin_ffsll(x); }
 inline float2 __ldcs(const float2* from) { return *from; }
+inline float __ldcg(const float* from) { return *from; }
+inline float2 __ldcg(const float2* from) { return *from; }

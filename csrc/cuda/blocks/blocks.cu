@@ -1,5 +1,7 @@
 #include <cuda_runtime.h>
 
+#include <climits>
+
 #include "../walk.cuh"
 #include "blocks.h"
 
@@ -75,10 +77,25 @@ __global__ void count_kernel(const Tables t, int32_t* lengths, uint64_t* used) {
     used[tile * ((t.bit_words + 63) / 64) + first / 64] = found;  // heads with one mask write the same
   }
   int length = 0;
-  for (int r = t.row_start[w.row]; r < t.row_start[w.row + 1]; ++r)
+  for (int r = w.first_run; r < w.end_run; ++r)
     length += set_bits(upper, upper + t.bit_words, t.runs[r].first, t.runs[r].count);
   lengths[n] = 2 * length + same;
 }
+
+constexpr int kLeastPart = 16, kLeastOfMany = 64;  // tiles of a part; where there are more items than processors
+
+// Which items are cut: those twice as long as the mean, or, where processors are left over, than what each would have if all had alike.
+struct Cutting {
+  int least, share;  // tiles of the items that are not cut, of a part; at most
+
+  __device__ void begin(float mean, int items, int processors) {
+    const float fair = mean * items / max(1, processors);
+    const bool many = items > processors;
+    share = processors ? max(many ? kLeastOfMany : kLeastPart, static_cast<int>(ceilf(many ? fair / 4 : fair))) : INT_MAX;
+    least = max(share, static_cast<int>(many ? 2 * mean : 1.5f * fair));
+  }
+  __device__ int parts(int tiles) const { return tiles > least ? min(kMostParts, (tiles + share - 1) / share) : 1; }
+};
 
 constexpr int kThreads = 1024, kGrades = 8, kPlaces = 8, kLongGrades = 256, kMostSections = 128;
 
@@ -97,9 +114,13 @@ __device__ int block_sum(int x, int* scratch) {  // scratch: [33]; the same answ
 
 // One block counts the items of each grade, then places them: outliers by length, then section by section by length, roughly, and those of
 // about one length by their place in the sequence, so that what runs at the same time reads neighbouring keys. Where two items are of one
-// grade, their order is left to chance: it decides when they run, not what they give. lengths: twice the tiles, and 1 for kSame.
-__global__ void __launch_bounds__(kThreads) sort_kernel(const Tables t, const int32_t* lengths, int32_t* order, int sections, int section, int outlier) {
+// grade, their order is left to chance: it decides when they run, not what they give. lengths: twice the tiles, and 1 for kSame. Long
+// items are cut into parts, which count as outliers.
+__global__ void __launch_bounds__(kThreads)
+    sort_kernel(const Tables t, const int32_t* lengths, Piece* order, int32_t* n_order, int sections, int section, int outlier, int processors) {
   extern __shared__ int places[];
+  __shared__ int slots;
+  __shared__ Cutting cutting;
   __shared__ int scratch[33];
   const int grades = kLongGrades + sections * kGrades * kPlaces;
   for (int g = threadIdx.x; g < grades; g += kThreads) places[g] = 0;
@@ -112,15 +133,16 @@ __global__ void __launch_bounds__(kThreads) sort_kernel(const Tables t, const in
   __syncthreads();
   for (int w = 0; w < 32; ++w) most = max(most, scratch[w]);
   const float bound = fmaxf(outlier * mean, 1.0f);
+  if (threadIdx.x == 0) cutting.begin(mean, t.n_work, processors), slots = 0;
   const auto grade = [&](int n) {
-    const int length = lengths[n] / 2;
-    if (length > bound) return min(kLongGrades - 1, static_cast<int>((most - length) / (most - bound) * kLongGrades));
+    const int parts = cutting.parts(lengths[n] / 2), length = lengths[n] / 2 / parts;
+    if (parts > 1 || length > bound) return min(kLongGrades - 1, static_cast<int>((most - length) / max(1.0f, most - bound) * kLongGrades));
     const Work& w = t.work[n];
     const int step = min(kGrades - 1, static_cast<int>((bound - length) / bound * kGrades)), place = int64_t{w.tile} * kPlaces / max(1, t.bit_rows / 2);
     return kLongGrades + (w.head / section % sections * kGrades + step) * kPlaces + min(kPlaces - 1, place);
   };
   __syncthreads();
-  for (int n = threadIdx.x; n < t.n_work; n += kThreads) atomicAdd(&places[grade(n)], 1);
+  for (int n = threadIdx.x; n < t.n_work; n += kThreads) atomicAdd(&places[grade(n)], cutting.parts(lengths[n] / 2));
   __syncthreads();
   int before = 0;  // of this round of 1024 grades
   for (int base = 0; base < grades; base += kThreads) {
@@ -141,7 +163,12 @@ __global__ void __launch_bounds__(kThreads) sort_kernel(const Tables t, const in
     before += all;
     __syncthreads();
   }
-  for (int n = threadIdx.x; n < t.n_work; n += kThreads) order[atomicAdd(&places[grade(n)], 1)] = n | (lengths[n] & 1 ? kSame : 0);
+  if (threadIdx.x == 0) *n_order = before;
+  for (int n = threadIdx.x; n < t.n_work; n += kThreads) {
+    const int parts = cutting.parts(lengths[n] / 2), slot = parts > 1 ? atomicAdd(&slots, parts) : 0, at = atomicAdd(&places[grade(n)], parts);
+    for (int part = 0; part < parts; ++part)
+      order[at + part] = {n | (lengths[n] & 1 ? kSame : 0), parts > 1 ? (slot * kMostParts + part) * kMostParts + parts - 1 : -1};
+  }
 }
 
 }  // namespace
@@ -157,10 +184,10 @@ int count(const Tables& t, int32_t* lengths, uint64_t* used, void* stream) {
   return cudaGetLastError();
 }
 
-int sort(const Tables& t, const int32_t* lengths, int32_t* order, int heads, int section, int outlier, void* stream) {
+int sort(const Tables& t, const int32_t* lengths, Piece* order, int32_t* n_order, int heads, int section, int outlier, int processors, void* stream) {
   const int sections = min(kMostSections, (heads + section - 1) / section);
   const int bytes = (kLongGrades + sections * kGrades * kPlaces) * sizeof(int);
-  sort_kernel<<<1, kThreads, bytes, static_cast<cudaStream_t>(stream)>>>(t, lengths, order, sections, section, outlier);
+  sort_kernel<<<1, kThreads, bytes, static_cast<cudaStream_t>(stream)>>>(t, lengths, order, n_order, sections, section, outlier, processors);
   return cudaGetLastError();
 }
 

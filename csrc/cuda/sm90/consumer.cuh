@@ -25,6 +25,8 @@ struct alignas(1024) Shared {
   int32_t mask[S::kStages];  // of the tile in this stage, with kLast for a row's last
   int32_t item;              // the work in `q`, and kOdd and kBoth of forward.cuh; -1 when there is none left
   int32_t has_tiles;
+  int32_t cut;         // Piece's, of the item
+  int32_t arrived[2];  // how many parts of a cut item were done before, for each warpgroup
 };
 
 // A position in a ring of stages.

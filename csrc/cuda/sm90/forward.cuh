@@ -16,6 +16,7 @@ struct Params {
   Tables tables;
   float* partial;  // [batch, heads, q_len, head_dim], the output so far where parts merge
   float* lse;      // [batch, heads, q_len]; may be null where parts do not merge
+  Cuts cuts;
   int32_t heads, group, q_len, head_dim;
   float scale_log2;
 };
@@ -44,7 +45,7 @@ __device__ __forceinline__ void produce(const Params& p, const Maps& maps, Share
     const bool first = steps.is_first(), some = steps.tile() >= 0;
     const int stage = ring.stage;
     if (first) {
-      k_map = &maps.k[w.k_long], v_map = &maps.v[w.k_long];
+      k_map = &maps.k[w.longs / kLongK], v_map = &maps.v[w.longs / kLongK];
       batch = steps.batch(), kv_head = w.head / p.group, residue = w.k_residue, begin = w.k_step;
     }
     const int at = begin + S::kKeys * steps.tile();
@@ -60,11 +61,11 @@ __device__ __forceinline__ void produce(const Params& p, const Maps& maps, Share
       barrier_wait(&shared.q_empty, q_phase ^ 1);
       shared.item = (batch * p.tables.n_work + steps.n()) | (q_phase ? kOdd : 0) | (steps.both() ? kBoth : 0);
       q_phase ^= 1;
-      shared.has_tiles = some;
+      shared.has_tiles = some, shared.cut = steps.cut();
       barrier_expect(&shared.q_full, S::kBlocks * S::kQueryBlock);
 #pragma unroll
       for (int b = 0; b < S::kBlocks; ++b)
-        tensor_load(shared.q + b * S::kQueryBlock, &maps.q[w.q_long], &shared.q_full, 64 * b, w.q_residue, w.q_step + S::kQueries * w.tile, w.head, batch);
+        tensor_load(shared.q + b * S::kQueryBlock, &maps.q[w.longs & kLongQ], &shared.q_full, 64 * b, w.q_residue, w.q_step + S::kQueries * w.tile, w.head, batch);
     }
     steps.done();
     if (!some) continue;
@@ -135,6 +136,7 @@ struct Consumer : Attend<S, T, kBury, Consumer<S, T, kMerge, kBury, kHalves>> {
       const int item = shared.item;
       if (item < 0) break;
       const bool has_tiles = shared.has_tiles;
+      const int cut = kHalves ? shared.cut : -1;
       this->begin();
       if (!has_tiles) {
         named_sync<128>(4 + group);  // all have read what `release` gives away
@@ -144,19 +146,20 @@ struct Consumer : Attend<S, T, kBury, Consumer<S, T, kMerge, kBury, kHalves>> {
       } else {
         this->attend(k_ring, v_ring);  // turns go on where the last such item left them
       }
-      finish(item & ~(kOdd | kBoth));
+      finish(item & ~(kOdd | kBoth), cut);
       q_phase = item & kOdd ? 0 : 1;
     }
     if (group == 0) this->my_turn();  // leaves no arrival behind
   }
 
   // Divide by the sum, merge with an earlier part, write.
-  __device__ __forceinline__ void finish(int item) {
+  __device__ __forceinline__ void finish(int item, int cut) {
     const int batch = item / p.tables.n_work;
     const Work w = p.tables.work[item - batch * p.tables.n_work];
     const int first = S::kQueries * w.tile + group * 64 + warp * 16 + lane / 4;  // of the view's rows
     float keep[2], lse[2], earlier[2] = {0, 0};
     this->close(keep, lse);
+    if (kHalves && cut >= 0 && !join(batch, cut, keep, lse)) return;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int step = first + 8 * r;
@@ -185,6 +188,57 @@ struct Consumer : Attend<S, T, kBury, Consumer<S, T, kMerge, kBury, kHalves>> {
 #pragma unroll
       for (int piece = 0; piece < kPieces; ++piece) merge(c, piece, rows, keep, earlier);
     if constexpr (!writes_partial(kMerge)) store(w, batch);
+  }
+
+  // Leaves this part's output; true for the last part of the item, whose `out`, `keep` and `lse` are then all parts'.
+  __device__ __forceinline__ bool join(int batch, int cut, float (&keep)[2], float (&lse)[2]) {
+    const Cuts& cuts = p.cuts;
+    const int parts = parts_of(cut);
+    const int64_t base = int64_t{batch} * cuts.slots + slot_of(cut);
+    const int row = group * 64 + warp * 16 + lane / 4;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int64_t mine = (base + part_of(cut)) * S::kQueries + row + 8 * r;
+      if (lane % 4 == 0) cuts.lse[mine] = lse[r];
+      each(r, [&](int column, float& x, float& y) {
+        if (column < p.head_dim) *reinterpret_cast<float2*>(cuts.out + mine * p.head_dim + column) = {x * keep[r], y * keep[r]};
+      });
+    }
+    __threadfence();
+    named_sync<128>(4 + group);
+    if (thread == 0) shared.arrived[group] = atomicAdd(&cuts.arrived[2 * base + group], 1u);
+    named_sync<128>(4 + group);
+    if (shared.arrived[group] != parts - 1) return false;
+    __threadfence();
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int64_t of_row = base * S::kQueries + row + 8 * r;
+      float top = -INFINITY, sum = 0;
+      for (int n = 0; n < parts; ++n) top = fmaxf(top, __ldcg(cuts.lse + of_row + n * S::kQueries));
+      each(r, [&](int, float& x, float& y) { x = y = 0; });
+      for (int n = 0; n < parts && top != -INFINITY; ++n) {
+        const int64_t theirs = of_row + n * S::kQueries;
+        const float worth = __expf(__ldcg(cuts.lse + theirs) - top);
+        sum += worth;
+        each(r, [&](int column, float& x, float& y) {
+          if (column >= p.head_dim) return;
+          const float2 part = __ldcg(reinterpret_cast<const float2*>(cuts.out + theirs * p.head_dim + column));
+          x = fmaf(worth, part.x, x), y = fmaf(worth, part.y, y);
+        });
+      }
+      keep[r] = sum == 0 ? 0 : 1 / sum;
+      lse[r] = sum == 0 ? -INFINITY : top + __logf(sum);
+    }
+    return true;
+  }
+
+  // Calls take(column, x, y) for each pair of columns of one of this thread's rows.
+  template <class Take>
+  __device__ __forceinline__ void each(int r, Take take) {
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c)
+#pragma unroll
+      for (int i = 0; i < kChunk / 4; ++i) take(c * kWide + 8 * i + lane % 4 * 2, out[c][4 * i + 2 * r], out[c][4 * i + 2 * r + 1]);
   }
 
   static constexpr int kPieces = S::kDim > 128 ? 4 : 2;  // as many as registers ask for
@@ -232,7 +286,7 @@ struct Consumer : Attend<S, T, kBury, Consumer<S, T, kMerge, kBury, kHalves>> {
     if (thread == 0 && step < w.q_count) {
 #pragma unroll
       for (int b = 0; b < S::kBlocks; ++b)
-        tensor_store(&maps.out[w.q_long], mine + b * S::kQueryBlock, 64 * b, w.q_residue, w.q_step + step, w.head, batch);
+        tensor_store(&maps.out[w.longs & kLongQ], mine + b * S::kQueryBlock, 64 * b, w.q_residue, w.q_step + step, w.head, batch);
       store_commit();
     }
     if constexpr (kKeepsQueries) {
@@ -251,6 +305,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) forward(const __grid_constant_
   extern __shared__ uint8_t raw[];
   auto& shared = *reinterpret_cast<Memory<S>*>((reinterpret_cast<uintptr_t>(raw) + 1023) / 1024 * 1024);
   if (threadIdx.x == 0) {
+    for (const CUtensorMap* map : {maps.q, maps.k, maps.v, maps.out}) map_prefetch(map);
     if (kHalves) shared.agenda.init();
     init_barriers(shared, 1, kHalves ? kWarpsThatSay : 2);
   }
@@ -259,7 +314,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) forward(const __grid_constant_
     registers_fewer<kCopying<S, kHalves>>();
     if constexpr (kHalves) {
       if (threadIdx.x == 0) produce<S>(p, maps, shared, Read(shared.agenda));
-      else if (threadIdx.x == 32) shared.agenda.write(p.tables);
+      else if (threadIdx.x / 32 == 1) Write(shared.agenda, p.tables).run();
     } else {
       if (threadIdx.x == 0) produce<S>(p, maps, shared, Found(p.tables));
     }

@@ -95,7 +95,7 @@ int launch_forward(const Forward& f, cudaStream_t stream) {
   if (!encoder()) return cudaErrorNotSupported;
   Maps maps;
   if (!make_maps<T>(maps, f)) return cudaErrorInvalidValue;
-  const Params p{f.tables, f.partial, f.lse, f.heads, f.heads / f.kv_heads, f.q_len, f.head_dim, f.scale * 1.4426950408889634f};
+  const Params p{f.tables, f.partial, f.lse, f.cuts, f.heads, f.heads / f.kv_heads, f.q_len, f.head_dim, f.scale * 1.4426950408889634f};
   if (f.keys == 128 && f.head_dim <= 64) return launch_shape<Shape<64, 128, 4>, T>(f, maps, p, stream);
   if (f.keys == 128 && f.head_dim <= 128) return launch_shape<Shape<128, 128, 2>, T>(f, maps, p, stream);
   if (f.keys != 64) return cudaErrorInvalidValue;

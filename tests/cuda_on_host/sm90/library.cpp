@@ -57,7 +57,7 @@ void forward_all(const Params& p, const Maps& maps, int blocks, int seed) {
       __syncthreads();
       if (threadIdx.x >= 128) return Consumer<S, __nv_bfloat16, kMerge, kBury, kHalves>(p, maps, shared).run();
       if (threadIdx.x == 0) kHalves ? produce<S>(p, maps, shared, Read(shared.agenda)) : produce<S>(p, maps, shared, Found(p.tables));
-      if (kHalves && threadIdx.x == 32) shared.agenda.write(p.tables);
+      if (kHalves && threadIdx.x / 32 == 1) Write(shared.agenda, p.tables).run();
     });
   }
 }
@@ -105,10 +105,12 @@ extern "C" __attribute__((visibility("default"))) int forward(void** pointers, c
   p.partial = static_cast<float*>(pointers[4]), p.lse = static_cast<float*>(pointers[5]);
   Tables& t = p.tables;
   t.work = static_cast<const Work*>(pointers[6]), t.starts = static_cast<const int32_t*>(pointers[7]);
-  t.row_start = static_cast<const int32_t*>(pointers[8]), t.runs = static_cast<const Run*>(pointers[9]);
-  t.masks = static_cast<const uint64_t*>(pointers[10]), t.dead = static_cast<const uint64_t*>(pointers[11]);
-  t.marks = static_cast<const int32_t*>(pointers[12]);
-  t.bits = static_cast<const uint64_t*>(pointers[13]), t.order = static_cast<const int32_t*>(pointers[14]);
+  t.runs = static_cast<const Run*>(pointers[8]);
+  t.masks = static_cast<const uint64_t*>(pointers[9]), t.dead = static_cast<const uint64_t*>(pointers[10]);
+  t.marks = static_cast<const int32_t*>(pointers[11]);
+  t.bits = static_cast<const uint64_t*>(pointers[12]), t.order = static_cast<const Piece*>(pointers[13]);
+  const int32_t n_order = sizes[15];
+  t.n_order = &n_order;
   t.n_work = sizes[0], t.batch = sizes[1], p.heads = sizes[2], p.group = sizes[2] / sizes[3], p.q_len = sizes[4];
   const int kv_len = sizes[5], keys = sizes[7], stride = sizes[13];
   const Merge merge = static_cast<Merge>(sizes[8]);
@@ -119,6 +121,11 @@ extern "C" __attribute__((visibility("default"))) int forward(void** pointers, c
   t.bit_heads = sizes[9], t.bit_rows = sizes[10], t.bit_words = sizes[11], t.bit_masks = sizes[12];
   const bool has_dead = sizes[14];
   p.scale_log2 = scale * 1.4426950408889634f;
+  p.cuts.slots = sizes[16], t.cuts = sizes[16] > 0;
+  const size_t rows = size_t(t.batch) * p.cuts.slots * kTileQueries;
+  std::vector<float> cut_out(rows * p.head_dim, NAN), cut_lse(rows, NAN);
+  std::vector<uint32_t> arrived(2 * size_t(t.batch) * p.cuts.slots);
+  p.cuts.out = cut_out.data(), p.cuts.lse = cut_lse.data(), p.cuts.arrived = arrived.data();
   Maps maps{};
   for (const bool longer : {false, true}) {
     maps.q[longer] = map_of(q, p.head_dim, p.heads, t.batch, p.q_len, stride, longer, kTileQueries);

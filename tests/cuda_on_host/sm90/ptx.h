@@ -13,6 +13,8 @@ struct CUtensorMap {
 
 namespace sparse_attention::sm90 {
 
+inline void __threadfence() {}
+
 inline uint8_t* shared_memory;
 inline uint32_t shared_address(const void* pointer) { return static_cast<const uint8_t*>(pointer) - shared_memory; }
 
