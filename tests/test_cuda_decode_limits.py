@@ -23,6 +23,15 @@ extern "C" int64_t row_blocks(int heads, int kv_heads, int q_len, int head_dim, 
   d.batch = 1, d.heads = heads, d.kv_heads = kv_heads, d.q_len = q_len, d.head_dim = head_dim;
   return row_blocks(d, static_cast<DecodeKernel>(kernel), itemsize);
 }
+// Of a tree after a prefix on an H100: 32 heads over 8 of 128.
+extern "C" void plan_tree(int nodes, int64_t keys, int32_t* found) {
+  Decode d{};
+  d.batch = 1, d.heads = 32, d.kv_heads = 8, d.group = 4, d.q_len = nodes, d.head_dim = 128, d.window = -1, d.length = keys;
+  const DecodeDevice device{132, true, true};
+  const DecodeKernel kernel = choose_kernel(d, 2, device);
+  split_keys(d, kernel, 2, device);
+  found[0] = static_cast<int32_t>(kernel), found[1] = d.splits, found[2] = d.cluster;
+}
 // The kernel, splits and blocks of a cluster of test_cuda_decode.py's call with one number of keys for all.
 extern "C" void plan(int64_t keys, int itemsize, int processors, bool clusters, bool warpgroups, int32_t* found) {
   Decode d{};
@@ -94,3 +103,13 @@ def test_they_are_refused():
     for given in ({}, {"impl": "native"}):
         with pytest.raises(ValueError, match=r"q has shape \[1, 8, 1100000, 8\] over 1 heads of keys, .* tiles .* expected at most 65535"):
             decode(*tensors(1, 8, 1_100_000), 1, **given)
+
+
+@pytest.mark.parametrize(
+    "nodes, prefix, splits",
+    ((26, 200, 1), (26, 500, 2), (26, 1024, 4), (26, 2048, 6), (26, 3500, 8), (16, 2048, 8), (64, 2048, 7), (64, 3500, 7), (200, 0, 1)),
+)
+def test_small_trees_share_their_keys_in_one_cluster_of_as_many_as_was_quickest(limits, nodes, prefix, splits):
+    found = (ctypes.c_int32 * 3)()
+    limits.plan_tree(nodes, ctypes.c_int64(prefix + nodes), found)
+    assert list(found) == [4, splits, splits]
