@@ -182,6 +182,20 @@ def test_tiles_that_no_node_of_a_block_sees(engine, head_dim):
     engine.check(q, k, v, torch.tensor([300]), splits=2)
 
 
+@pytest.mark.parametrize("length, splits", ((720, 1), (1040, 1), (1040, 2), (1100, 9)))
+def test_more_tiles_than_stages_in_one_block(engine, length, splits):
+    """So many that the call's last one comes before others of its block."""
+    if engine.name not in ROWS:
+        pytest.skip("visits tiles in order")
+    q, k, v = tensors(1, 4, 1, 13, 1101, 64)
+    holes = bits(TREE)
+    holes[0, 9] = 0  # no node
+    for ancestors in (bits(TREE), holes, None):
+        given = {} if ancestors is None else {"ancestors": ancestors}
+        first = engine.check(q, k, v, torch.tensor([length]), splits=splits, **given)
+        assert torch.equal(first[0], engine(q, k, v, torch.tensor([length]), splits=splits, seed=7, **given)[0])
+
+
 def test_trees_of_different_sizes(engine):
     ancestors = bits(TREE.repeat(3, 1))
     ancestors[1, 5:] = ancestors[2, 1:] = 0  # rows of no node

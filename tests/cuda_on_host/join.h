@@ -30,7 +30,7 @@ void join_all(const Decode& d, int seed) {
     for (uint32_t y = 0; y < uint32_t(d.kv_heads); ++y)
       for (uint32_t z = 0; z < uint32_t(d.batch); ++z) {
         blockIdx = {x, y, z};
-        host::run_block(128, random, [&] { decoding::join<T>(d); });
+        host::run_block(128, random, [&] { d.splits / d.cluster <= 8 ? decoding::join<T, 8>(d) : decoding::join<T, 16>(d); });
       }
 }
 

@@ -23,7 +23,7 @@ cudaError_t launch_join(const Decode& d, cudaStream_t stream) {
   overlap[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap[0].val.programmaticStreamSerializationAllowed = 1;
   if (is_hopper_or_later()) config.attrs = overlap, config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, join<T>, d);
+  return cudaLaunchKernelEx(&config, d.splits / d.cluster <= 8 ? join<T, 8> : join<T, 16>, d);
 }
 
 }  // namespace

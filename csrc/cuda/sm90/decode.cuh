@@ -200,19 +200,27 @@ struct Decoder : Attend<S, T, true, Decoder<S, T>> {
     return ((int64_t{part} * d.batch + place.batch) * d.kv_heads + place.kv_head) * place.rows + row;
   }
 
-  // To where `join` finds it.
+  // To where `join` finds it. Neighbouring threads exchange pairs of columns, so that each has four in a row.
   __device__ __forceinline__ void write_part() {
     float keep[2], lse[2];
     close_rows(keep, lse);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      if (place.first_row + local(r) >= place.rows) continue;
+      const bool real = place.first_row + local(r) < place.rows, odd = lane % 2;
       const int64_t at = part_row(place.split, place.first_row + local(r));
-      if (lane % 4 == 0) d.part_lse[at] = lse[r];
-      each(r, [&](int column, float x, float y) {
-        if (column < d.head_dim)
-          *reinterpret_cast<float2*>(d.part_out + at * d.head_dim + column) = float2{keep[r] == 0 ? 0 : x * keep[r], keep[r] == 0 ? 0 : y * keep[r]};
-      });
+      if (real && lane % 4 == 0) d.part_lse[at] = lse[r];
+      const auto kept = [&](float x) { return keep[r] == 0 ? 0 : x * keep[r]; };
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c)
+#pragma unroll
+        for (int i = 0; i < kChunk; i += 8) {
+          const float low[2] = {kept(out[c][i + 2 * r]), kept(out[c][i + 2 * r + 1])}, high[2] = {kept(out[c][i + 4 + 2 * r]), kept(out[c][i + 5 + 2 * r])};
+          const float got[2] = {__shfl_xor_sync(~0u, odd ? low[0] : high[0], 1), __shfl_xor_sync(~0u, odd ? low[1] : high[1], 1)};
+          const int column = c * kWide + 2 * i + (odd ? 8 : 0) + lane % 4 / 2 * 4;
+          if (real && column < d.head_dim)
+            *reinterpret_cast<float4*>(d.part_out + at * d.head_dim + column) =
+                odd ? float4{got[0], got[1], high[0], high[1]} : float4{low[0], low[1], got[0], got[1]};
+        }
     }
   }
 

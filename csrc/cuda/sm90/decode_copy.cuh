@@ -30,6 +30,12 @@ struct Visits {
     return visit;
   }
 
+  // The call's last tile, if it is this block's and those from `visit` up to it are of the prefix; else -1.
+  __device__ __forceinline__ int last_of_all(int visit) const {
+    const int found = span.visited - 1, splits = place.d.splits;
+    return plain && found > visit && (found - visit) % splits == 0 && !is_new(found - splits) ? found : -1;
+  }
+
   // There always is a first one: a block without keys finds that it sees none of this tile's.
   __device__ __forceinline__ int first() const {
     const int visit = plain ? place.split : next(place.split);
@@ -86,7 +92,8 @@ __device__ __forceinline__ void copy_first(const Place<S>& place, const CacheMap
   copy_tile(place, &maps.v, shared.v[0], &shared.v_full[0], place.split);
 }
 
-// One thread copies this block's key tiles in, and says of each what is to be hidden. The first may be on its way.
+// One thread copies this block's key tiles in, and says of each what is to be hidden. The first may be on its way. The call's last tile, which
+// has few keys and costs the time of many, comes as soon as all stages were filled once: then memory is what is waited for.
 template <class S>
 __device__ __forceinline__ void copy_cache(const Place<S>& place, const CacheMaps& maps, Shared<S>& shared, int length) {
   Ring<S::kStages> ring;
@@ -100,16 +107,20 @@ __device__ __forceinline__ void copy_cache(const Place<S>& place, const CacheMap
     shared.holes = visits.holes, visits.span.used = used, words = true;
   };
   if (!words && !there) wait_words();
-  for (int visit = visits.first(), following; visit < visits.last; visit = following, ring.next(), there = false) {
+  int end = visits.last, regular = 0;  // regular: the next one in order
+  for (int visit = visits.first(), following, n = 0; visit >= 0; visit = following, ring.next(), there = false, ++n) {
     const int stage = ring.stage;
     if (!there) {
       barrier_wait(&shared.k_empty[stage], ring.phase ^ 1);
       copy_tile(place, &maps.k, shared.k[stage], &shared.k_full[stage], visits.span.tile(visit), visits.span.length);
     }
-    following = visit + place.d.splits;
-    if (!words && visits.is_new(min(following, visits.last - 1))) wait_words();
-    following = visits.next(following);
-    shared.mask[stage] = visits.mark(visit) | (following >= visits.last ? kLast : 0);
+    if (n != S::kStages || end == visits.last) regular = visit + place.d.splits;
+    const int found = n + 1 == S::kStages ? visits.last_of_all(regular) : -1;
+    if (!words && visits.is_new(min(max(found, regular), visits.last - 1))) wait_words();
+    following = visits.next(regular);
+    if (found >= 0) following = end = found;
+    else if (following >= end) following = -1;
+    shared.mask[stage] = visits.mark(visit) | (following < 0 ? kLast : 0);
     barrier_arrive(&shared.k_full[stage]);
     if (!there) {
       barrier_wait(&shared.v_empty[stage], ring.phase ^ 1);
