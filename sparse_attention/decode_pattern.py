@@ -17,7 +17,7 @@ MOST_NODES = 1024
 # Measured on Zen 4 against the tile and gather engines: from 8 times as many keys as queries, packed heads are worth more than what a tile
 # skips. Under a window, where few keys are left, a plan for every length of a growing cache is what the engine saves.
 FEWER, FEW = 8, 16
-MOST_QUERIES, LARGE_TREE = 64, 256  # on CUDA
+MOST_QUERIES, LARGE_TREE = 64, 256  # on CUDA; LARGE_TREE: of float32
 
 
 class Terms(NamedTuple):
@@ -66,11 +66,13 @@ def suits(pattern: Pattern, q_len: int, kv_len: int, dtype: torch.dtype) -> str 
     return f"{q_len} quer{'y' if q_len == 1 else 'ies'} at the end of {kv_len:,} keys"
 
 
-def suits_cuda(pattern: Pattern, q_len: int, kv_len: int) -> str | None:
+def suits_cuda(pattern: Pattern, q_len: int, kv_len: int, dtype: torch.dtype) -> str | None:
     """The same on a CUDA device, where few queries leave the tile engine without blocks enough to fill it: up to 64 queries, and whole
-    trees, but large ones only after a long prefix: alone, 500 nodes took longer than SDPA with a mask on an H200."""
+    trees. Large trees take within a tenth of the tile engine's time on an H100, whose plan of a new tree costs 10 to 40 ms; in float32 the
+    gather engine is quicker, but for long prefixes."""
     if isinstance(pattern, Tree):
-        fits = len(pattern.parents) == q_len <= kv_len and (q_len <= LARGE_TREE or q_len * FEWER <= kv_len)
+        small = dtype != torch.float32 or q_len <= LARGE_TREE or q_len * FEWER <= kv_len
+        fits = small and len(pattern.parents) == q_len <= kv_len
         return f"a tree of {q_len} nodes at the end of {kv_len:,} keys" if fits and terms(pattern) else None
     if q_len > MOST_QUERIES or q_len * FEWER > kv_len:
         return None

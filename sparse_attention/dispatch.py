@@ -115,7 +115,7 @@ def plan(pattern: Pattern, sizes: Sizes, impl: str = "auto") -> Plan:
 def _decoding(pattern: Pattern, sizes: Sizes) -> str | None:
     """Why the decode engine runs a call, or None if it does not."""
     if sizes.device == "cuda":
-        why = suits_cuda(pattern, sizes.q_len, sizes.kv_len) if sizes.dtype in decode_cuda.DTYPES and sizes.head_dim % 8 == 0 else None
+        why = suits_cuda(pattern, sizes.q_len, sizes.kv_len, sizes.dtype) if sizes.dtype in decode_cuda.DTYPES and sizes.head_dim % 8 == 0 else None
         blocks = max(sizes.batch, sizes.kv_heads + sizes.heads * sizes.q_len // 16)
         fits = why and 8 <= sizes.head_dim <= 256 and sizes.q_len > 0 and blocks <= decode_cuda.MOST_BLOCKS
         return why if fits and not decode_cuda.device_obstacle(torch.cuda.get_device_capability()) else None

@@ -60,4 +60,10 @@ def test_a_growing_cache_keeps_the_other_engines():
     (Tree((-1, 0)), 1, 9, False), (Tree((-1, *[0] * 299)), 300, 300, False), (Tree((-1, *[0] * 299)), 300, 2400, True),
 ], ids=lambda x: str(x)[:40])  # fmt: skip
 def test_which_calls_run_here_on_cuda(pattern, q_len, kv_len, runs):
-    assert bool(suits_cuda(pattern, q_len, kv_len)) == runs
+    assert bool(suits_cuda(pattern, q_len, kv_len, torch.float32)) == runs
+
+
+@pytest.mark.parametrize("nodes, kv_len, runs", ((300, 300, True), (1024, 3000, True), (1025, 9000, False), (300, 299, False)))
+def test_which_trees_run_here_on_cuda_in_half_types(nodes, kv_len, runs):
+    for dtype in (torch.float16, torch.bfloat16):
+        assert bool(suits_cuda(Tree((-1, *[0] * (nodes - 1))), nodes, kv_len, dtype)) == runs

@@ -284,15 +284,14 @@ __device__ __forceinline__ void run_block(const Decode& d, const CacheMaps& maps
   __syncwarp();
   threadIdx.x < 32 ? named_arrive<S::kThreads>(kBarriersReady) : named_sync<S::kThreads>(kBarriersReady);
   const int length = length_within(d, wanted);
+  if (threadIdx.x >= 32) helper.keep(shared, length - d.q_len);
   if (threadIdx.x < 128) {
     registers_fewer<S::kFewer>();
-    if (threadIdx.x >= 32) helper.keep(shared, length - d.q_len);
-    else if (threadIdx.x == 0) copy_cache(place, maps, shared, length);
+    if (threadIdx.x == 0) copy_cache(place, maps, shared, length);
     __syncwarp();
     if (d.cluster > 1) __syncthreads(), decoding::cluster_sync(), decoding::cluster_part();
   } else {
     registers_more<S::kMore>();
-    helper.keep(shared, length - d.q_len);
     Decoder<S, T> decoder(place, maps, shared, length);
     decoder.run();
     if (d.cluster > 1) {
