@@ -9,13 +9,17 @@ __global__ void race(int* out) {
   out[threadIdx.x] = word[63 - threadIdx.x];
 }
 
-// Half of the last warp passes by a barrier for all.
+// Each warp waits for all at a barrier of its own, which CUDA leaves undefined.
 __global__ void divergent(int* out) {
   __shared__ int word[64];
-  word[threadIdx.x] = out[threadIdx.x];
-  if (threadIdx.x < 48) {
+  if (threadIdx.x < 32) {
+    word[threadIdx.x] = out[threadIdx.x];
     __syncthreads();
-    out[threadIdx.x] = word[47 - threadIdx.x];
+    out[threadIdx.x] = word[63 - threadIdx.x];
+  } else {
+    word[threadIdx.x] = 3 * out[threadIdx.x] + 1;
+    __syncthreads();
+    out[threadIdx.x] += word[threadIdx.x - 32];
   }
 }
 

@@ -130,10 +130,10 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
   for (int d = 16; d; d /= 2) most = max(most, __shfl_xor_sync(~0u, most, d));
   if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = most;
+  if (threadIdx.x == 0) cutting.begin(mean, t.n_work, processors), slots = 0;
   __syncthreads();
   for (int w = 0; w < 32; ++w) most = max(most, scratch[w]);
   const float bound = fmaxf(outlier * mean, 1.0f);
-  if (threadIdx.x == 0) cutting.begin(mean, t.n_work, processors), slots = 0;
   const auto grade = [&](int n) {
     const int parts = cutting.parts(lengths[n] / 2), length = lengths[n] / 2 / parts;
     if (parts > 1 || length > bound) return min(kLongGrades - 1, static_cast<int>((most - length) / max(1.0f, most - bound) * kLongGrades));

@@ -64,7 +64,7 @@ struct Agenda {
   uint64_t full[kPages], empty[kPages];
 
   __device__ __forceinline__ void init() {
-    for (int s = 0; s < kPages; ++s) barrier_init(&full[s], 1), barrier_init(&empty[s], 1);
+    for (int s = 0; s < kPages; ++s) barrier_init(&full[s], 32), barrier_init(&empty[s], 1);
   }
 };
 
@@ -106,8 +106,7 @@ class Write {
 
   __device__ __forceinline__ void turn_over() {
     if (lane == 0) page().count = filled;
-    __syncwarp();
-    if (lane == 0) barrier_arrive(&agenda.full[ring.stage]);
+    barrier_arrive(&agenda.full[ring.stage]);  // each lane for what it wrote
     ring.next();
   }
 

@@ -289,13 +289,13 @@ __device__ __forceinline__ void run_block(const Decode& d, const CacheMaps& maps
     registers_fewer<S::kFewer>();
     if (threadIdx.x == 0) copy_cache(place, maps, shared, length);
     __syncwarp();
-    if (d.cluster > 1) __syncthreads(), decoding::cluster_sync(), decoding::cluster_part();
+    if (d.cluster > 1) decoding::cluster_sync(), decoding::cluster_part();
   } else {
     registers_more<S::kMore>();
     Decoder<S, T> decoder(place, maps, shared, length);
     decoder.run();
     if (d.cluster > 1) {
-      __syncthreads();
+      named_sync<S::kThreads - 128>(kDecodersMeet);  // all are done with keys and values, whose memory `show` takes
       decoder.show();
       decoding::cluster_sync();
       decoder.merge();

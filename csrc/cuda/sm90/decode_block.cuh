@@ -7,7 +7,7 @@
 namespace sparse_attention::sm90 {
 
 // Named barriers; those below 6 are for warpgroups.
-constexpr int kHelpersMeet = 1, kBarriersReady = 6;
+constexpr int kHelpersMeet = 1, kBarriersReady = 6, kDecodersMeet = 7;
 
 // kRows: 128 for two warpgroups, 64 for one. kWords: room for ancestor words.
 template <int kRows, int kDim, int kKeys, int kStages, int kWords_>
@@ -74,7 +74,7 @@ __device__ __forceinline__ void init_cache_barriers(Shared<S>& shared) {
     barrier_init(&shared.v_empty[s], S::kQueries / 16);
   }
   barrier_init(&shared.q_full, 1);
-  barrier_init(&shared.words_full, 1);
+  barrier_init(&shared.words_full, S::kHelpers / 32);
   barriers_ready();
   fence_async();
 }
@@ -131,7 +131,7 @@ struct Helper {
     sm80::copies_wait<0>();
     fence_async();
     named_sync<S::kHelpers>(kHelpersMeet);
-    if (thread == 0) barrier_arrive(&shared.words_full);
+    if (lane == 0) barrier_arrive(&shared.words_full);
   }
 
   __device__ __forceinline__ void keep_words(Shared<S>& shared, int prefix) {
