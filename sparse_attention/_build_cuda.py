@@ -171,7 +171,10 @@ def main() -> None:
     capability = int(major), int(minor)
     if reason := obstacle(capability):
         parser.error(reason)
-    compile_objects(capability)
+    try:
+        compile_objects(capability)
+    except (BuildError, OSError) as error:
+        parser.exit(1, f"{error}\n")
 
 
 if __name__ == "__main__":

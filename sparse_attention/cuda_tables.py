@@ -30,7 +30,7 @@ class Part(NamedTuple):
     stride: int
     merge: int
     has_dead: bool
-    work: torch.Tensor  # int32 [tiles of queries, 16]: each processor's first, then the others in the order in which they are taken, processor by processor
+    work: torch.Tensor  # int32 [tiles of queries, 16]: each processor's first, then the others of each in the order in which it takes them
     starts: torch.Tensor  # int32 [processors + 1]: processor p takes work[p], where there is one, then work[starts[p] : starts[p + 1]]
     runs: torch.Tensor  # int32 [n_runs, 3]
     masks: torch.Tensor

@@ -17,7 +17,7 @@ MOST_NODES = 1024
 # Measured on Zen 4 against the tile and gather engines: from 8 times as many keys as queries, packed heads are worth more than what a tile
 # skips. Under a window, where few keys are left, a plan for every length of a growing cache is what the engine saves.
 FEWER, FEW = 8, 16
-MOST_QUERIES, LARGE_TREE = 64, 256  # on CUDA; LARGE_TREE: of float32
+MOST_QUERIES, LARGE_TREE = 64, 256  # on CUDA
 
 
 class Terms(NamedTuple):
@@ -66,13 +66,11 @@ def suits(pattern: Pattern, q_len: int, kv_len: int, dtype: torch.dtype) -> str 
     return f"{q_len} quer{'y' if q_len == 1 else 'ies'} at the end of {kv_len:,} keys"
 
 
-def suits_cuda(pattern: Pattern, q_len: int, kv_len: int, dtype: torch.dtype) -> str | None:
+def suits_cuda(pattern: Pattern, q_len: int, kv_len: int) -> str | None:
     """The same on a CUDA device, where few queries leave the tile engine without blocks enough to fill it: up to 64 queries, and whole
-    trees. Large trees take within a tenth of the tile engine's time on an H100, whose plan of a new tree costs 10 to 40 ms; in float32 the
-    gather engine is quicker, but for long prefixes."""
+    trees, but large ones not everywhere: see `is_large_tree`."""
     if isinstance(pattern, Tree):
-        small = dtype != torch.float32 or q_len <= LARGE_TREE or q_len * FEWER <= kv_len
-        fits = small and len(pattern.parents) == q_len <= kv_len
+        fits = len(pattern.parents) == q_len <= kv_len
         return f"a tree of {q_len} nodes at the end of {kv_len:,} keys" if fits and terms(pattern) else None
     if q_len > MOST_QUERIES or q_len * FEWER > kv_len:
         return None
@@ -80,6 +78,13 @@ def suits_cuda(pattern: Pattern, q_len: int, kv_len: int, dtype: torch.dtype) ->
     if found is None or not (found.causal or found.sinks <= kv_len - q_len + 1):
         return None
     return f"{q_len} quer{'y' if q_len == 1 else 'ies'} at the end of {kv_len:,} keys"
+
+
+def is_large_tree(pattern: Pattern, q_len: int, kv_len: int) -> bool:
+    """Whether it is a tree that the engine should have on CUDA only where warpgroups multiply. There it takes up to 11 % longer than
+    the tile engine, whose plan of a new tree costs 10 to 40 ms (docs/decode.md); in float32 the gather engine was 2 to 8 times as
+    fast."""
+    return isinstance(pattern, Tree) and q_len > LARGE_TREE and q_len * FEWER > kv_len
 
 
 @cache

@@ -11,7 +11,7 @@ import torch
 
 from sparse_attention import _build_cuda, cuda_blocks, cuda_rows, cuda_tables, decode_cuda
 from sparse_attention.cost import Cost, cost, count, scattered
-from sparse_attention.decode_pattern import suits, suits_cuda
+from sparse_attention.decode_pattern import is_large_tree, suits, suits_cuda
 from sparse_attention.lanes import lane_pairs
 from sparse_attention.layout import Layout, layout
 from sparse_attention.patterns.base import Lengths, Pattern, Spans, Tile
@@ -115,10 +115,13 @@ def plan(pattern: Pattern, sizes: Sizes, impl: str = "auto") -> Plan:
 def _decoding(pattern: Pattern, sizes: Sizes) -> str | None:
     """Why the decode engine runs a call, or None if it does not."""
     if sizes.device == "cuda":
-        why = suits_cuda(pattern, sizes.q_len, sizes.kv_len, sizes.dtype) if sizes.dtype in decode_cuda.DTYPES and sizes.head_dim % 8 == 0 else None
+        takes = sizes.dtype in decode_cuda.DTYPES and sizes.head_dim % 8 == 0 and 8 <= sizes.head_dim <= 256 and sizes.q_len > 0
         blocks = max(sizes.batch, sizes.kv_heads + sizes.heads * sizes.q_len // 16)
-        fits = why and 8 <= sizes.head_dim <= 256 and sizes.q_len > 0 and blocks <= decode_cuda.MOST_BLOCKS
-        return why if fits and not decode_cuda.device_obstacle(torch.cuda.get_device_capability()) else None
+        why = suits_cuda(pattern, sizes.q_len, sizes.kv_len) if takes and blocks <= decode_cuda.MOST_BLOCKS else None
+        if not why or decode_cuda.device_obstacle(capability := torch.cuda.get_device_capability()):
+            return None
+        warpgroups = capability == (9, 0) and sizes.dtype != torch.float32 and sizes.head_dim <= 128
+        return why if warpgroups or not is_large_tree(pattern, sizes.q_len, sizes.kv_len) else None
     if sizes.device == "cpu" and not engine_obstacle(pattern, sizes):
         return suits(pattern, sizes.q_len, sizes.kv_len, sizes.dtype)
     return None

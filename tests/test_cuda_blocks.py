@@ -119,6 +119,37 @@ def test_long_items_are_cut(heads, blocks, long, parts):
     assert max(len(mine) for mine in taken.values()) == parts
 
 
+@pytest.mark.parametrize("causal", (False, True))
+@pytest.mark.parametrize("head_dim, batch", ((128, 1), (64, 2), (192, 1), (128, 60)))
+def test_cut_items_mean_the_same(tier, head_dim, batch, causal):
+    """Few items of many tiles, which the sm90 tier cuts: in a batch of one and of two, but not in 60, nor in kernels without parts."""
+    q, k, v = tensors(batch, 2, 1, 250, 64 * 66 - 5, head_dim)
+    mask = random_mask(64, 250, 64 * 66 - 5, 2, 0.6)
+    mask[0, 1] = False
+    pattern = sa.LiveBlocks(mask, 64) & sa.Causal() if causal else sa.LiveBlocks(mask, 64)
+    out, lse = sa.attention(q, k, v, pattern, impl="tile", return_lse=True)
+    some = slice(0, 2)
+    assert_accurate(q[some], k[some], v[some], pattern.frozen(), out[some], lse[some])
+    for _ in range(20):
+        assert torch.equal(sa.attention(q, k, v, pattern, impl="tile"), out)
+
+
+def test_a_graph_replays_with_items_that_become_long():
+    q, k, v = tensors(1, 2, 2, 300, 64 * 70, 64)
+    mask = torch.eye(5, 70, dtype=torch.bool, device="cuda").repeat(2, 1, 1)
+    pattern = sa.LiveBlocks(mask, 64)
+    sa.attention(q, k, v, pattern, impl="tile")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = sa.attention(q, k, v, pattern, impl="tile")
+    for density in (0.1, 1.0, 0.4, 0.0):
+        mask.copy_(random_mask(64, 300, 64 * 70, 2, density))
+        for _ in range(3):
+            graph.replay()
+            right = sa.attention(*(x.double() for x in (q, k, v)), pattern.frozen(), impl="reference")
+            assert (out.double() - right).abs().max() < 0.02
+
+
 @pytest.mark.parametrize("heads, blocks, density", ((32, 1024, 0.1), (5, 300, 0.5), (2, 77, 1.0), (130, 32, 0.2)))
 def test_bits_and_order(heads, blocks, density):
     """The packed mask is the mask; the order holds each item once, outliers first, then few heads at a time, by length and place, roughly."""

@@ -111,6 +111,9 @@ def test_parts_of_long_items_are_added_up(library, seed):
     again = forward(library, q, k, v, sa.Dense(), 64, words, order.flip(0).contiguous(), seed + 7, slot)
     assert all(torch.equal(a, b) for a, b in zip(first, again))
     assert is_right(q, k, v, mask, *forward(library, q, k, v, sa.Dense(), 64, words, order, seed)), "whole items without slots"
+    q[1, 1, 5] = torch.nan
+    out, _ = forward(library, q, k, v, sa.Dense(), 64, words, order, seed, slot)
+    assert out[1, 1, 5].isnan().all() and not out[1, 1, :5].isnan().any() and not out[0].isnan().any()
 
 
 def test_more_words_than_a_warp_has_lanes(library):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparse_attention import Causal, Sinks, SlidingWindow, Tree, attention, explain, plan
+from sparse_attention import Causal, Sinks, SlidingWindow, Tree, attention, decode_cuda, dispatch, explain, plan
 from sparse_attention.decode_pattern import suits_cuda
+from sparse_attention.dispatch import Sizes
 from tests.test_decode import check, exact, tensors
 
 
@@ -57,13 +58,19 @@ def test_a_growing_cache_keeps_the_other_engines():
 @pytest.mark.parametrize("pattern, q_len, kv_len, runs", [
     (Causal(), 1, 4000, True), (Causal(), 64, 512, True), (Causal(), 64, 511, False), (Causal(), 65, 9000, False),
     (SlidingWindow(9) | Sinks(3), 1, 20, True), (SlidingWindow(9) | Sinks(30), 1, 20, False), (Tree((-1, 0)), 2, 2, True),
-    (Tree((-1, 0)), 1, 9, False), (Tree((-1, *[0] * 299)), 300, 300, False), (Tree((-1, *[0] * 299)), 300, 2400, True),
+    (Tree((-1, 0)), 1, 9, False), (Tree((-1, *[0] * 1023)), 1024, 1024, True), (Tree((-1, *[0] * 1024)), 1025, 9000, False),
 ], ids=lambda x: str(x)[:40])  # fmt: skip
 def test_which_calls_run_here_on_cuda(pattern, q_len, kv_len, runs):
-    assert bool(suits_cuda(pattern, q_len, kv_len, torch.float32)) == runs
+    assert bool(suits_cuda(pattern, q_len, kv_len)) == runs
 
 
-@pytest.mark.parametrize("nodes, kv_len, runs", ((300, 300, True), (1024, 3000, True), (1025, 9000, False), (300, 299, False)))
-def test_which_trees_run_here_on_cuda_in_half_types(nodes, kv_len, runs):
-    for dtype in (torch.float16, torch.bfloat16):
-        assert bool(suits_cuda(Tree((-1, *[0] * (nodes - 1))), nodes, kv_len, dtype)) == runs
+@pytest.mark.parametrize("nodes, kv_len, dtype, head_dim, capability, runs", [
+    (1024, 1024, torch.float16, 128, (9, 0), True), (300, 2399, torch.bfloat16, 64, (9, 0), True), (300, 2399, torch.float32, 64, (9, 0), False),
+    (300, 2399, torch.float16, 192, (9, 0), False), (300, 2399, torch.float16, 64, (8, 0), False), (300, 2400, torch.float32, 64, (8, 0), True),
+    (256, 256, torch.float32, 192, (8, 0), True), (300, 300, torch.float16, 64, (7, 5), False),
+], ids=str)  # fmt: skip
+def test_where_large_trees_run_here_on_cuda(monkeypatch, nodes, kv_len, dtype, head_dim, capability, runs):
+    monkeypatch.setattr(decode_cuda, "device_obstacle", lambda capability: capability < (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    sizes = Sizes(1, 32, 8, nodes, kv_len, head_dim, dtype, "cuda")
+    assert bool(dispatch._decoding(Tree((-1, *[0] * (nodes - 1))), sizes)) == runs

@@ -37,7 +37,7 @@ constexpr int kLast = 1 << 30, kDead = 1 << 29, kFull = kDead - 1;
 constexpr int kSame = 1 << 30;  // both halves of an item's queries see the same tiles
 
 constexpr int kMostParts = 32;     // of an item
-constexpr int kMostSlots = 1536;  // of a call: 97 MB at head_dim 128
+constexpr int kMostSlots = 1536;  // of a call: 97 MiB at head_dim 128
 
 // An item of an order, or one of the parts that a long one is cut into over its key tiles.
 struct Piece {

@@ -84,9 +84,10 @@ __global__ void count_kernel(const Tables t, int32_t* lengths, uint64_t* used) {
 
 constexpr int kLeastPart = 16, kLeastOfMany = 64;  // tiles of a part; where there are more items than processors
 
-// Which items are cut: those twice as long as the mean, or, where processors are left over, than what each would have if all had alike.
+// Which items are cut: those over twice the mean, or, where there are fewer items than processors, over one and a half times what each
+// processor would have if all had alike.
 struct Cutting {
-  int least, share;  // tiles of the items that are not cut, of a part; at most
+  int least, share;  // tiles of the items that are not cut, at most; of a part, if all are spread evenly
 
   __device__ void begin(float mean, int items, int processors) {
     const float fair = mean * items / max(1, processors);
@@ -99,12 +100,12 @@ struct Cutting {
 
 constexpr int kThreads = 1024, kGrades = 8, kPlaces = 8, kLongGrades = 256, kMostSections = 128;
 
-__device__ int block_sum(int x, int* scratch) {  // scratch: [33]; the same answer for all threads
+__device__ float block_sum(float x, float* scratch) {  // scratch: [33]; the same answer for all threads
   for (int d = 16; d; d /= 2) x += __shfl_xor_sync(~0u, x, d);
   if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
   __syncthreads();
   if (threadIdx.x < 32) {
-    int y = scratch[threadIdx.x];
+    float y = scratch[threadIdx.x];
     for (int d = 16; d; d /= 2) y += __shfl_xor_sync(~0u, y, d);
     if (threadIdx.x == 0) scratch[32] = y;
   }
@@ -121,13 +122,14 @@ __global__ void __launch_bounds__(kThreads)
   extern __shared__ int places[];
   __shared__ int slots;
   __shared__ Cutting cutting;
-  __shared__ int scratch[33];
+  __shared__ int scratch[32];
+  __shared__ float sums[33];
   const int grades = kLongGrades + sections * kGrades * kPlaces;
   for (int g = threadIdx.x; g < grades; g += kThreads) places[g] = 0;
-  int sum = 0, most = 1;
+  float sum = 0;  // of all tiles there may be more than an int counts
+  int most = 1;
   for (int n = threadIdx.x; n < t.n_work; n += kThreads) sum += lengths[n] / 2, most = max(most, lengths[n] / 2);
-  const float mean = static_cast<float>(block_sum(sum, scratch)) / t.n_work;
-  __syncthreads();
+  const float mean = block_sum(sum, sums) / t.n_work;
   for (int d = 16; d; d /= 2) most = max(most, __shfl_xor_sync(~0u, most, d));
   if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = most;
   if (threadIdx.x == 0) cutting.begin(mean, t.n_work, processors), slots = 0;

@@ -23,7 +23,7 @@ int count(const Tables& t, int32_t* lengths, uint64_t* used, void* stream);
 // The items, long ones first, `section` heads at a time, into `order` of `most_pieces`; how many into `n_order`. Those over `outlier` times the
 // mean come before all. Items much longer than others are cut for so many processors, into at most `most_slots` parts in all; 0: none is.
 int sort(const Tables& t, const int32_t* lengths, Piece* order, int32_t* n_order, int heads, int section, int outlier, int processors, void* stream);
-constexpr int64_t most_slots(int64_t n_work, int64_t processors) { return std::min(8 * processors, kMostParts * n_work); }
+constexpr int64_t most_slots(int64_t n_work, int64_t processors) { return processors ? std::min(8 * processors + 8, kMostParts * n_work) : 0; }
 constexpr int64_t most_pieces(int64_t n_work, int64_t processors) { return n_work + most_slots(n_work, processors); }
 
 }  // namespace sparse_attention::blocks

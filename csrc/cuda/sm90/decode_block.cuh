@@ -6,7 +6,7 @@
 
 namespace sparse_attention::sm90 {
 
-// Named barriers; those below 6 are for warpgroups.
+// Named barriers, beside 2 to 5, which are the warpgroups'.
 constexpr int kHelpersMeet = 1, kBarriersReady = 6, kDecodersMeet = 7;
 
 // kRows: 128 for two warpgroups, 64 for one. kWords: room for ancestor words.

@@ -216,9 +216,9 @@ struct Consumer : Attend<S, T, kBury, Consumer<S, T, kMerge, kBury, kHalves>> {
       float top = -INFINITY, sum = 0;
       for (int n = 0; n < parts; ++n) top = fmaxf(top, __ldcg(cuts.lse + of_row + n * S::kQueries));
       each(r, [&](int, float& x, float& y) { x = y = 0; });
-      for (int n = 0; n < parts && top != -INFINITY; ++n) {
+      for (int n = 0; n < parts; ++n) {
         const int64_t theirs = of_row + n * S::kQueries;
-        const float worth = __expf(__ldcg(cuts.lse + theirs) - top);
+        const float lse_of_part = __ldcg(cuts.lse + theirs), worth = lse_of_part == -INFINITY ? 0 : __expf(lse_of_part - top);  // NaN stays
         sum += worth;
         each(r, [&](int column, float& x, float& y) {
           if (column >= p.head_dim) return;
