@@ -39,9 +39,9 @@ for nodes, prefix in ((50, 0), (100, 0), (200, 0), (500, 0), (1000, 0), (64, 204
 
 # One H100. The floors of the tree's attention (in a graph, and eager: as launched from Python), of windows, of build, of commit's
 # time and of verification, 75 % of the bandwidth of a copy, are what the project asked, reached or not: docs/decode.md and
-# docs/eagle.md. Under a window that was twice the speed of FlexAttention or of SDPA over the slice of the cache; SDPA's rows cannot reach it, since it reads the slice at
-# the bandwidth of the memory from batch 16 on.
-# The others, of which nothing was asked, are a fifth or so below what was measured.
+# docs/eagle.md. Under a window that was twice the speed of FlexAttention or of SDPA over the slice of the cache; SDPA's rows cannot
+# reach it, since it reads the slice at the bandwidth of the memory from batch 16 on. The others, of which nothing was asked, are a
+# fifth or so below what was measured.
 for prefix, lengths, floor in ((0, (26, 50, 100, 200, 500, 1000), 1.0), (2048, (26, 64), 4.0), (32768, (26, 64), 9.0)):
     for nodes in lengths:
         name = f"eagle/attention/{nodes}" + f"-after-{prefix}" * (prefix > 0)

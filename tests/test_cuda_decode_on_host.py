@@ -184,9 +184,7 @@ def test_tiles_that_no_node_of_a_block_sees(engine, head_dim):
 
 @pytest.mark.parametrize("length, splits", ((720, 1), (1040, 1), (1040, 2), (1100, 9)))
 def test_more_tiles_than_stages_in_one_block(engine, length, splits):
-    """So many that the call's last one comes before others of its block."""
-    if engine.name not in ROWS:
-        pytest.skip("visits tiles in order")
+    """So many that on warpgroups the call's last one comes before others of its block."""
     q, k, v = tensors(1, 4, 1, 13, 1101, 64)
     holes = bits(TREE)
     holes[0, 9] = 0  # no node

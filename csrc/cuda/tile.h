@@ -28,7 +28,7 @@ struct alignas(16) Work {
   int32_t q_residue, q_step, k_residue, k_step;  // where the view begins: coordinates (residue, step)
   int32_t q_first, stride, q_count;
   int32_t longs;  // kLongQ, kLongK: whether these residues are among those with one step more: which map holds them
-  Run run;         // the first of its runs, of no tiles where there is none
+  Run run;  // the first of its runs, of no tiles where there is none
   int32_t unused;
 };
 static_assert(sizeof(Work) == 16 * sizeof(int32_t), "an item of work is a row of an int32 tensor");
@@ -36,7 +36,7 @@ static_assert(sizeof(Work) == 16 * sizeof(int32_t), "an item of work is a row of
 constexpr int kLast = 1 << 30, kDead = 1 << 29, kFull = kDead - 1;
 constexpr int kSame = 1 << 30;  // both halves of an item's queries see the same tiles
 
-constexpr int kMostParts = 32;     // of an item
+constexpr int kMostParts = 32;    // of an item
 constexpr int kMostSlots = 1536;  // of a call: 97 MiB at head_dim 128
 
 // An item of an order, or one of the parts that a long one is cut into over its key tiles.

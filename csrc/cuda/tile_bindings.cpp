@@ -55,8 +55,8 @@ void check_shapes(const Tensor& q, const Tensor& k, const Tensor& v, const Layou
 
 }  // namespace
 
-Part::Part(int64_t stride, int64_t merge, bool has_dead, const Tensor& work, const Tensor& starts, const Tensor& runs,
-           const Tensor& masks, const Tensor& dead, const Tensor& marks)
+Part::Part(int64_t stride, int64_t merge, bool has_dead, const Tensor& work, const Tensor& starts, const Tensor& runs, const Tensor& masks,
+           const Tensor& dead, const Tensor& marks)
     : stride(stride), merge(static_cast<Merge>(merge)), has_dead(has_dead), work(table(work, at::kInt, "work")),
       starts(table(starts, at::kInt, "starts")), runs(table(runs, at::kInt, "runs")),
       masks(table(masks, at::kLong, "masks")), dead(table(dead, at::kLong, "dead")), marks(table(marks, at::kInt, "marks")) {
@@ -143,7 +143,8 @@ void bind_tile(pybind11::module_& m) {
   pybind11::class_<Part>(m, "Part").def(pybind11::init<int64_t, int64_t, bool, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                                                        const Tensor&, const Tensor&>());
   pybind11::class_<Layout>(m, "Layout").def(pybind11::init<std::vector<Part>, int64_t, int64_t, int64_t, int64_t, int64_t>());
-  pybind11::class_<Filter>(m, "Filter").def_readonly("bits", &Filter::bits).def_readonly("used", &Filter::used).def_readonly("order", &Filter::order).def_readonly("n_order", &Filter::n_order);
+  pybind11::class_<Filter>(m, "Filter").def_readonly("bits", &Filter::bits).def_readonly("used", &Filter::used)
+      .def_readonly("order", &Filter::order).def_readonly("n_order", &Filter::n_order);
   m.def("sm80_resident_blocks", &sm80::resident_blocks);
   m.def("tile_forward", &tile_forward, pybind11::arg("q"), pybind11::arg("k"), pybind11::arg("v"), pybind11::arg("layout"),
         pybind11::arg("scale"), pybind11::arg("filter") = nullptr, pybind11::arg("with_lse") = true);

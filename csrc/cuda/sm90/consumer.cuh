@@ -98,6 +98,15 @@ struct Attend {
     }
   }
 
+  // Calls take(column, x, y) for each pair of columns of one of this thread's rows.
+  template <class Take>
+  __device__ __forceinline__ void each(int r, Take take) {
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c)
+#pragma unroll
+      for (int i = 0; i < kChunk / 4; ++i) take(c * kWide + 8 * i + lane % 4 * 2, out[c][4 * i + 2 * r], out[c][4 * i + 2 * r + 1]);
+  }
+
   // Scores of the tile in `stage`: not waited for.
   __device__ __forceinline__ void score(float (&s)[kScores], int stage) {
     const uint32_t q = shared_address(shared.q) + group * 64 * 128, k = shared_address(shared.k[stage]);

@@ -10,7 +10,7 @@ struct Decoder : Attend<S, T, true, Decoder<S, T>> {
   using Base = Attend<S, T, true, Decoder>;
   using Base::group, Base::lane, Base::most, Base::out, Base::scale_log2, Base::shared, Base::sum, Base::thread, Base::warp;
   using Base::kChunk, Base::kChunks, Base::kScores, Base::kWide;
-  using Base::convert, Base::my_turn, Base::rescale, Base::score, Base::soften, Base::weigh, Base::your_turn;
+  using Base::convert, Base::each, Base::my_turn, Base::rescale, Base::score, Base::soften, Base::weigh, Base::your_turn;
   static constexpr bool kTurns = S::kQueries > 64;  // two warpgroups take turns at the tensor cores
 
   const Place<S>& place;
@@ -234,15 +234,6 @@ struct Decoder : Attend<S, T, true, Decoder<S, T>> {
       float* const to = shared.floats() + local(r) * Shared<S>::kPitch;
       each(r, [&](int column, float x, float y) { *reinterpret_cast<float2*>(to + column) = keep[r] == 0 ? float2{0, 0} : float2{x, y}; });
     }
-  }
-
-  // Calls take(column, x, y) for each pair of columns of one of this thread's rows.
-  template <class Take>
-  __device__ __forceinline__ void each(int r, Take take) {
-#pragma unroll
-    for (int c = 0; c < kChunks; ++c)
-#pragma unroll
-      for (int i = 0; i < kChunk / 4; ++i) take(c * kWide + 8 * i + lane % 4 * 2, out[c][4 * i + 2 * r], out[c][4 * i + 2 * r + 1]);
   }
 
   // The splits of a cluster, each block for some columns of some rows.

@@ -85,7 +85,7 @@ __device__ __forceinline__ void produce(const Params& p, const Maps& maps, Share
 template <class S, typename T, Merge kMerge, bool kBury, bool kHalves>
 struct Consumer : Attend<S, T, kBury, Consumer<S, T, kMerge, kBury, kHalves>> {
   using Base = Attend<S, T, kBury, Consumer>;
-  using Base::group, Base::lane, Base::out, Base::shared, Base::thread, Base::warp, Base::kChunk, Base::kChunks, Base::kScores, Base::kWide;
+  using Base::each, Base::group, Base::lane, Base::out, Base::shared, Base::thread, Base::warp, Base::kChunk, Base::kChunks, Base::kScores, Base::kWide;
 
   const Params& p;
   const Maps& maps;
@@ -230,15 +230,6 @@ struct Consumer : Attend<S, T, kBury, Consumer<S, T, kMerge, kBury, kHalves>> {
       lse[r] = sum == 0 ? -INFINITY : top + __logf(sum);
     }
     return true;
-  }
-
-  // Calls take(column, x, y) for each pair of columns of one of this thread's rows.
-  template <class Take>
-  __device__ __forceinline__ void each(int r, Take take) {
-#pragma unroll
-    for (int c = 0; c < kChunks; ++c)
-#pragma unroll
-      for (int i = 0; i < kChunk / 4; ++i) take(c * kWide + 8 * i + lane % 4 * 2, out[c][4 * i + 2 * r], out[c][4 * i + 2 * r + 1]);
   }
 
   static constexpr int kPieces = S::kDim > 128 ? 4 : 2;  // as many as registers ask for
