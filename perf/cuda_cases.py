@@ -48,6 +48,7 @@ for dilation in (2, 4, 8, 16):
     )  # fmt: skip
 against_flex("multiscale1024/128k", "MultiScale(1024)", [128 * K], 3.0)
 against_flex("multiscale1024/16k", "MultiScale(1024)", [16 * K], 3.0, ("full",))
+against_dense("multiscale64/16k", "MultiScale(64)", 16 * K, 5.0)
 against_flex("bigbird/16k", BIGBIRD, [16 * K], 2.5)
 add("bigbird/128k/tile-rate", "against", 0.6, pattern=BIGBIRD, shape=[128 * K], rival="Dense()", rival_shape=[16 * K], by="tiles")
 add("bigbird/128k/layout", "layout_making", 5e-3, pattern=BIGBIRD, shape=[128 * K])

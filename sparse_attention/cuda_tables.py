@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from heapq import heapify, heapreplace
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from sparse_attention.grid import tiles_at_most
 from sparse_attention.layout import Layout, LayoutPart, layout
-from sparse_attention.patterns.base import Pattern, Tile
+from sparse_attention.patterns.base import Lengths, Pattern, Tile
 
 QUERIES = 128  # rows of a query tile
 WIDE, NARROW = 128, 64  # keys of a tile
@@ -17,8 +19,12 @@ NARROW_COST = 1.15  # a pair of a narrow tile costs so much more than one of a w
 SECTION = 4  # heads whose keys and values should stay in the L2 cache together
 LONG = 4  # rows so many times as long as the mean go first, whatever their head: they may last as long as all others together
 BETWEEN = 1.5  # what a query tile costs beside its key tiles, in key tiles
+# In keys of a wide tile, of which an H100 takes 76 a us on each multiprocessor: what a launch costs, and to read or write once the float32
+# outputs of a query tile between two launches.
+LAUNCH, PARTIAL = 256, 256
 DEAD, FULL = 1 << 29, (1 << 29) - 1  # marks of a run: see kDead and kFull
 ALONE, FIRST, MIDDLE, LAST = range(4)  # see enum Merge
+PASSES = 0, 1, 2, 1  # of each of them over the outputs between launches
 
 
 class Part(NamedTuple):
@@ -38,14 +44,54 @@ class Part(NamedTuple):
     marks: torch.Tensor  # int32 [3, masks of the layout + 1]: what marks become under a block mask; empty without `halves`
 
 
-def best_layout(pattern: Pattern, q_len: int, kv_len: int, heads: int, head_dim: int, wide: bool = True) -> Layout:
-    """The layout with the keys a tile that should take less time. wide: whether the tier gains by wide tiles."""
-    narrow = layout(pattern, q_len, kv_len, heads, Tile(QUERIES, NARROW))
-    if head_dim > 128 or not wide:
-        return narrow
-    other = layout(pattern, q_len, kv_len, heads, Tile(QUERIES, WIDE))
-    saves = NARROW_COST * NARROW * narrow.counts.visited < WIDE * other.counts.visited
-    return narrow if saves else other
+def best_layout(
+    pattern: Pattern, q_len: int, kv_len: int, heads: int, head_dim: int, batch: int = 1, processors: int = 132, wide: bool = True
+) -> Layout:
+    """The layout with which so many processors should be done first. wide: whether the tier gains by wide tiles."""
+
+    def best(divided):
+        keys = [NARROW, WIDE] if wide and head_dim <= 128 else [NARROW]
+        found = [layout(pattern, q_len, kv_len, heads, Tile(QUERIES, n), divided) for n in keys]
+        return min(((finishing_time(one, batch, processors), one) for one in found), key=itemgetter(0))
+
+    chosen = best(divided=True)
+    strides = [part.stride for part in chosen[1].parts]
+    if strides != [1] and _undivided_at_most(pattern, Lengths(q_len, kv_len), heads, batch, processors) < chosen[0]:
+        chosen = min(chosen, best(divided=False), key=itemgetter(0))
+    return chosen[1]
+
+
+def finishing_time(found: Layout, batch: int, processors: int) -> float:
+    """About when so many processors are done, in keys of a wide tile: launches follow each other, and none ends before its longest item."""
+    each, time = found.tile_k * (NARROW_COST if found.tile_k == NARROW else 1.0), 0.0
+    for part, merge_of_head in zip(found.parts, _merges(found)):
+        items = _work(found, part)
+        kinds, passes = _kinds(items, merge_of_head), np.array(PASSES)[merge_of_head[items[:, 0]]]
+        keys = _lengths(part, items) * each + passes * PARTIAL
+        time += sum(_launch_time(keys[kinds == kind], batch, processors) for kind in np.unique(kinds))
+    return time
+
+
+def _launch_time(keys: np.ndarray, batch: int, processors: int) -> float:
+    cost = keys + BETWEEN * WIDE
+    return float(LAUNCH + max(cost.max(), batch * cost.sum() / processors))
+
+
+def _undivided_at_most(pattern: Pattern, lengths: Lengths, heads: int, batch: int, processors: int) -> float:
+    """What `finishing_time` of one launch for all parts does not exceed, without its layout."""
+    found = {head: tiles_at_most(head, lengths, Tile(QUERIES, WIDE)) for head in {pattern.for_head(h) for h in range(heads)}}
+    return _launch_time(WIDE * np.concatenate([found[pattern.for_head(h)] for h in range(heads)]), batch, processors)
+
+
+def _kinds(items: np.ndarray, merge_of_head: np.ndarray) -> np.ndarray:
+    """Which launch of a part each item is of: four times its stride, and how it merges."""
+    return items[:, 8] * np.int64(4) + merge_of_head[items[:, 0]]
+
+
+def _lengths(part: LayoutPart, items: np.ndarray) -> np.ndarray:
+    """How many key tiles each item has."""
+    tiles = np.concatenate([[0], np.cumsum(part.runs.numpy()[:, 1])])[part.row_start.numpy()]
+    return np.diff(tiles)[items[:, 1]]
 
 
 def tables(found: Layout, device: torch.device, processors: int, halves: bool = False) -> list[Part]:
@@ -57,7 +103,7 @@ def tables(found: Layout, device: torch.device, processors: int, halves: bool = 
         items = _work(found, part)
         if not halves:  # a filter brings its own order
             items, length = _long_first(found, part, items)
-        kinds = items[:, 8] * np.int64(4) + merge_of_head[items[:, 0]]
+        kinds = _kinds(items, merge_of_head)
         for kind in np.unique(kinds):
             mine, (stride, merge) = kinds == kind, divmod(kind, 4)
             work, starts = items[mine], np.zeros(processors + 1, np.int32)
@@ -129,8 +175,7 @@ def _with_runs(work: np.ndarray, part: LayoutPart, runs: np.ndarray) -> np.ndarr
 
 def _long_first(found: Layout, part: LayoutPart, work: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The work and how many key tiles each item has: long ones first, a few heads at a time."""
-    tiles = np.concatenate([[0], np.cumsum(part.runs.numpy()[:, 1])])[part.row_start.numpy()]
-    length = np.diff(tiles)[work[:, 1]]
+    length = _lengths(part, work)
     order = np.lexsort((-length, work[:, 0] // SECTION, length <= LONG * length.mean()))
     return work[order], length[order]
 

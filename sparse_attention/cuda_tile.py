@@ -33,7 +33,8 @@ def ready(pattern: Pattern, sizes: Sizes, device: torch.device) -> Ready:
     lengths = sizes.q_len, sizes.kv_len, sizes.heads
     blocks = cuda_blocks.split(pattern, *lengths) if sizes.kv_len > LISTED else None
     if blocks is None:
-        found = cuda_tables.best_layout(pattern, *lengths, sizes.head_dim, wide=_tier(device) == "sm90")
+        wide, processors = _tier(device) == "sm90", _processors(native, device, sizes)
+        found = cuda_tables.best_layout(pattern, *lengths, sizes.head_dim, sizes.batch, processors, wide)
         layout, made = _layout(native, found, device, sizes), None
         nbytes = 2 * found.nbytes
     else:

@@ -215,7 +215,7 @@ def _cuda_work(pattern: Pattern, sizes: Sizes, rows: int) -> dict[str, Work]:
             tile = Tile(cuda_tables.QUERIES, cuda_tables.NARROW)
             computed = tile.q * tile.k * cuda_rows.touched(pattern, *lengths, tile)
         elif computed is None:
-            layout = cuda_tables.best_layout(pattern, *lengths, sizes.head_dim)
+            layout = cuda_tables.best_layout(pattern, *lengths, sizes.head_dim, sizes.batch)
             computed = layout.counts.visited * layout.tile_q * layout.tile_k
         found["tile"] = Work(rows, sizes.batch * computed)
     return found

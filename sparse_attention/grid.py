@@ -60,6 +60,13 @@ def grid_of(pattern: Pattern, lengths: Lengths, tile: Tile) -> Grid:
     return Grid(np.bincount(row, minlength=rows), runs, masks, counts)
 
 
+def tiles_at_most(pattern: Pattern, lengths: Lengths, tile: Tile) -> np.ndarray:
+    """int64 [query tiles]: how many key tiles of the pattern of a single head each visits at most, by its spans."""
+    rows = -(-lengths.q_len // tile.q)
+    row, first, stop = _tile_ranges(pattern, lengths, tile, rows)
+    return np.bincount(row, weights=stop - first, minlength=rows).astype(np.int64)
+
+
 def _tile_ranges(pattern, lengths, tile, rows):
     """Ascending ranges of key tiles [first, stop) of each query tile that hold all that it sees."""
     i0 = np.arange(rows, dtype=np.int64) * tile.q + lengths.offset

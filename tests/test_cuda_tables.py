@@ -9,8 +9,8 @@ from hypothesis import given, settings
 
 from sparse_attention import cuda_blocks, cuda_tables
 from sparse_attention.layout import layout
-from sparse_attention.patterns import BigBird, BlockSparse, Causal, Dilated, Longformer, Sinks, SlidingWindow
-from sparse_attention.patterns.base import Tile
+from sparse_attention.patterns import BigBird, BlockSparse, Causal, Dilated, Longformer, MultiScale, Sinks, SlidingWindow
+from sparse_attention.patterns.base import Lengths, Tile
 from tests.cases import CASES
 from tests.strategies import calls
 
@@ -62,11 +62,20 @@ def check(pattern, q_len, kv_len, heads):
     want = pattern.mask(q_len, kv_len, heads).numpy()
     for keys in (cuda_tables.NARROW, cuda_tables.WIDE):
         found = layout(pattern, q_len, kv_len, heads, Tile(cuda_tables.QUERIES, keys))
-        parts = cuda_tables.tables(found, torch.device("cpu"), 8)
-        pairs, merges = read(found, parts, q_len, kv_len, heads)
-        assert np.array_equal(pairs, want)
-        alone, first, middle, last = "0123"
-        assert all(m == alone or m[0] + m[-1] == first + last and set(m[1:-1]) <= {middle} for m in set(merges.ravel()))
+        check_layout(found, want)
+        if any(part.stride != 1 for part in found.parts):
+            undivided = layout(pattern, q_len, kv_len, heads, found.tile, divided=False)
+            assert [part.stride for part in undivided.parts] == [1]
+            check_layout(undivided, want)
+
+
+def check_layout(found, want):
+    heads, q_len, kv_len = want.shape
+    parts = cuda_tables.tables(found, torch.device("cpu"), 8)
+    pairs, merges = read(found, parts, q_len, kv_len, heads)
+    assert np.array_equal(pairs, want)
+    alone, first, middle, last = "0123"
+    assert all(m == alone or m[0] + m[-1] == first + last and set(m[1:-1]) <= {middle} for m in set(merges.ravel()))
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.id for case in CASES])
@@ -125,10 +134,32 @@ def test_heads_of_different_strides_go_in_different_launches():
     assert [part.stride for part in cuda_tables.tables(found, torch.device("cpu"), 8)] == [1, 2]
 
 
-def test_block_patterns_take_narrow_tiles():
-    assert cuda_tables.best_layout(BigBird(64), 4096, 4096, 2, 128).tile_k == cuda_tables.NARROW
+def test_block_patterns_take_narrow_tiles_unless_one_long_row_is_what_takes_time():
+    assert cuda_tables.best_layout(BigBird(64), 4096, 4096, 16, 128).tile_k == cuda_tables.NARROW
+    assert cuda_tables.best_layout(BigBird(64), 4096, 4096, 2, 128).tile_k == cuda_tables.WIDE
+    assert cuda_tables.best_layout(BigBird(64), 4096, 4096, 2, 128, batch=8).tile_k == cuda_tables.NARROW
+    assert cuda_tables.best_layout(BigBird(64), 4096, 4096, 2, 128, wide=False).tile_k == cuda_tables.NARROW
     assert cuda_tables.best_layout(Causal(), 4096, 4096, 2, 128).tile_k == cuda_tables.WIDE
     assert cuda_tables.best_layout(Causal(), 4096, 4096, 2, 256).tile_k == cuda_tables.NARROW
+
+
+def test_parts_are_launched_apart_where_that_saves_more_than_it_costs():
+    def launches(pattern, length, **sizes):
+        return len(cuda_tables.best_layout(pattern, length, length, 16, 128, **sizes).parts)
+
+    assert launches(MultiScale(16), 256) == launches(MultiScale(64), 16384) == launches(MultiScale(1024), 1024) == 1
+    assert launches(MultiScale(1024), 16384) == 4
+    assert [part.stride for part in cuda_tables.best_layout(Dilated(64, (1, 2)), 512, 512, 2, 128).parts] == [1]
+    assert [part.stride for part in cuda_tables.best_layout(Dilated(1024, 4), 16384, 16384, 16, 128).parts] == [4]
+
+
+@settings(max_examples=40, deadline=None)
+@given(calls())
+def test_no_layout_takes_longer_than_its_spans_say(call):
+    pattern, q_len, kv_len, heads = call
+    found = layout(pattern, q_len, kv_len, heads, Tile(cuda_tables.QUERIES, cuda_tables.WIDE), divided=False)
+    bound = cuda_tables._undivided_at_most(pattern, Lengths(q_len, kv_len), heads, 2, 8)
+    assert cuda_tables.finishing_time(found, 2, 8) <= bound
 
 
 def block_rows(mask, block, keys, q_len, kv_len, heads):
