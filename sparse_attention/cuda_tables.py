@@ -12,6 +12,7 @@ import torch
 from sparse_attention.grid import tiles_at_most
 from sparse_attention.layout import Layout, LayoutPart, layout
 from sparse_attention.patterns.base import Lengths, Pattern, Tile
+from sparse_attention.patterns.grouping import ALL
 
 QUERIES = 128  # rows of a query tile
 WIDE, NARROW = 128, 64  # keys of a tile
@@ -49,15 +50,17 @@ def best_layout(
 ) -> Layout:
     """The layout with which so many processors should be done first. wide: whether the tier gains by wide tiles."""
 
-    def best(divided):
+    def best(together):
         keys = [NARROW, WIDE] if wide and head_dim <= 128 else [NARROW]
-        found = [layout(pattern, q_len, kv_len, heads, Tile(QUERIES, n), divided) for n in keys]
+        found = [layout(pattern, q_len, kv_len, heads, Tile(QUERIES, n), together) for n in keys]
         return min(((finishing_time(one, batch, processors), one) for one in found), key=itemgetter(0))
 
-    chosen = best(divided=True)
+    chosen = best(1)
     strides = [part.stride for part in chosen[1].parts]
+    if len(strides) > 1:
+        chosen = min(chosen, best(2), key=itemgetter(0))
     if strides != [1] and _undivided_at_most(pattern, Lengths(q_len, kv_len), heads, batch, processors) < chosen[0]:
-        chosen = min(chosen, best(divided=False), key=itemgetter(0))
+        chosen = min(chosen, best(ALL), key=itemgetter(0))
     return chosen[1]
 
 

@@ -12,7 +12,8 @@ import torch
 from sparse_attention.cache import cached_by_bytes
 from sparse_attention.grid import Grid, grid_of, unique_masks
 from sparse_attention.masks import transpose_masks
-from sparse_attention.patterns.base import Lengths, Part, Pattern, Tile, check_sizes, quotient_lengths
+from sparse_attention.patterns.base import Lengths, Pattern, Tile, check_sizes, quotient_lengths
+from sparse_attention.patterns.grouping import grouped_parts
 from sparse_attention.rows import Rows, rows
 
 __all__ = ["Counts", "Layout", "LayoutPart", "Rows", "Tile", "build", "count_pairs", "layout", "rows"]
@@ -89,12 +90,12 @@ class Layout:
         return transpose_layout(self)
 
 
-def layout(pattern: Pattern, q_len: int, kv_len: int, heads: int = 1, tile: Tile = Tile(64, 64), divided: bool = True) -> Layout:
-    """The layout of `pattern`; a second call with equal arguments returns the same object. divided: into strided parts, if it has any."""
-    return _cached(pattern.frozen(), q_len, kv_len, heads, tile, divided)
+def layout(pattern: Pattern, q_len: int, kv_len: int, heads: int = 1, tile: Tile = Tile(64, 64), together: int = 1) -> Layout:
+    """The layout of `pattern`; a second call with equal arguments returns the same object. together: see `grouped_parts`."""
+    return _cached(pattern.frozen(), q_len, kv_len, heads, tile, together)
 
 
-def build(pattern: Pattern, q_len: int, kv_len: int, heads: int = 1, tile: Tile = Tile(64, 64), divided: bool = True) -> Layout:
+def build(pattern: Pattern, q_len: int, kv_len: int, heads: int = 1, tile: Tile = Tile(64, 64), together: int = 1) -> Layout:
     """Make the layout anew. Sizes that the pattern cannot apply to raise ValueError."""
     tile = Tile(*tile)
     if tile.q < 64 or tile.k < 64 or tile.q % 64 or tile.k % 64:
@@ -103,7 +104,7 @@ def build(pattern: Pattern, q_len: int, kv_len: int, heads: int = 1, tile: Tile 
     lengths = Lengths(q_len, kv_len)
     variants: dict[Pattern, int] = {}
     head_variant = [variants.setdefault(pattern.for_head(h), len(variants)) for h in range(heads)]
-    split = [variant.parts(lengths) if divided else (Part(1, variant),) for variant in variants]
+    split = [grouped_parts(variant, lengths, together) for variant in variants]
     grids: dict[tuple[Pattern, Lengths], Grid] = {}
     parts, counts = [], np.zeros(3, dtype=np.int64)
     uses = np.bincount(head_variant)

@@ -8,7 +8,7 @@ import torch
 import sparse_attention as sa
 from sparse_attention import cuda_tables, dispatch, engines
 from tests.cases import CASES
-from tests.cuda_calls import assert_accurate, exact, tensors, tier  # noqa: F401
+from tests.cuda_calls import apart, assert_accurate, exact, tensors, tier  # noqa: F401
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
@@ -27,10 +27,16 @@ def test_every_pattern(case, dtype):
     assert_accurate(q, k, v, pattern, *sa.attention(q, k, v, pattern, impl="tile", return_lse=True))
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if "dil" in case.id or "multi" in case.id or "per-head" in case.id], ids=lambda c: c.id)
+def test_parts_apart(case, apart):  # noqa: F811
+    q, k, v = tensors(2, case.heads, case.heads, case.q_len, case.kv_len, 64)
+    assert_accurate(q, k, v, case.make(), *sa.attention(q, k, v, case.make(), impl="tile", return_lse=True))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim", [8, 40, 64, 72, 96, 128, 136, 192, 200, 256])
 @pytest.mark.parametrize("pattern", [sa.SlidingWindow(300), sa.BigBird(64), sa.MultiScale(40), sa.Dilated(30, 7)], ids=lambda p: type(p).__name__)
-def test_head_dim(head_dim, dtype, pattern):
+def test_head_dim(head_dim, dtype, pattern, apart):  # noqa: F811
     q, k, v = tensors(1, 4, 2, 1003, 1003, head_dim, dtype)
     assert_accurate(q, k, v, pattern, *sa.attention(q, k, v, pattern, impl="tile", return_lse=True))
 
@@ -62,7 +68,7 @@ def test_nan_where_nobody_looks(pattern):
     assert_accurate(q, *bad, pattern, *sa.attention(q, *bad, pattern, impl="tile", return_lse=True), clean=clean)
 
 
-def test_heads_of_different_strides():
+def test_heads_of_different_strides(apart):  # noqa: F811
     q, k, v = tensors(2, 4, 2, 700, 900, 64)
     for pattern in (sa.Dilated(40, (1, 2, 4, 8)), sa.Dilated(40, (1, 2, 3, 8)) | sa.Sinks(5)):
         assert_accurate(q, k, v, pattern, *sa.attention(q, k, v, pattern, impl="tile", return_lse=True))
@@ -92,7 +98,7 @@ def test_scale(scale):
     assert (out.double() - right).norm() < 6e-3 * right.norm()
 
 
-def test_repeats_are_bit_equal_and_streams_do_not_mix():
+def test_repeats_are_bit_equal_and_streams_do_not_mix(apart):  # noqa: F811
     q, k, v = tensors(1, 4, 4, 3000, 3000, 128)
     patterns = [sa.SlidingWindow(500), sa.MultiScale(100), sa.BigBird(64)]
     first = [sa.attention(q, k, v, p, impl="tile") for p in patterns]
@@ -107,7 +113,7 @@ def test_repeats_are_bit_equal_and_streams_do_not_mix():
         assert all(torch.equal(one, other) for one, other in zip(outs, first)), turn
 
 
-def test_a_graph_replays():
+def test_a_graph_replays(apart):  # noqa: F811
     q, k, v = tensors(1, 2, 2, 900, 900, 64)
     pattern = sa.MultiScale(50)
     sa.attention(q, k, v, pattern, impl="tile")

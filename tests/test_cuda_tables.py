@@ -11,6 +11,7 @@ from sparse_attention import cuda_blocks, cuda_tables
 from sparse_attention.layout import layout
 from sparse_attention.patterns import BigBird, BlockSparse, Causal, Dilated, Longformer, MultiScale, Sinks, SlidingWindow
 from sparse_attention.patterns.base import Lengths, Tile
+from sparse_attention.patterns.grouping import ALL, grouped_parts
 from tests.cases import CASES
 from tests.strategies import calls
 
@@ -64,9 +65,10 @@ def check(pattern, q_len, kv_len, heads):
         found = layout(pattern, q_len, kv_len, heads, Tile(cuda_tables.QUERIES, keys))
         check_layout(found, want)
         if any(part.stride != 1 for part in found.parts):
-            undivided = layout(pattern, q_len, kv_len, heads, found.tile, divided=False)
+            undivided = layout(pattern, q_len, kv_len, heads, found.tile, ALL)
             assert [part.stride for part in undivided.parts] == [1]
             check_layout(undivided, want)
+            check_layout(layout(pattern, q_len, kv_len, heads, found.tile, together=2), want)
 
 
 def check_layout(found, want):
@@ -148,16 +150,28 @@ def test_parts_are_launched_apart_where_that_saves_more_than_it_costs():
         return len(cuda_tables.best_layout(pattern, length, length, 16, 128, **sizes).parts)
 
     assert launches(MultiScale(16), 256) == launches(MultiScale(64), 16384) == launches(MultiScale(1024), 1024) == 1
-    assert launches(MultiScale(1024), 16384) == 4
+    assert launches(MultiScale(1024), 16384) == 2
+    assert launches(MultiScale(1024, (1, 8, 64)), 131072) == 3
     assert [part.stride for part in cuda_tables.best_layout(Dilated(64, (1, 2)), 512, 512, 2, 128).parts] == [1]
     assert [part.stride for part in cuda_tables.best_layout(Dilated(1024, 4), 16384, 16384, 16, 128).parts] == [4]
+
+
+def test_neighbours_of_a_union_share_the_stride_that_divides_theirs():
+    def strides(pattern, together):
+        return [part.stride for part in grouped_parts(pattern, Lengths(790, 800), together)]
+
+    union = Dilated(64, 4) | Dilated(64, 6) | Dilated(64, 9)
+    assert strides(MultiScale(64), 1) == [1, 2, 4, 8] and strides(MultiScale(64), 2) == [1, 4] and strides(MultiScale(64), ALL) == [1]
+    assert strides(union, 1) == [4, 6, 9] and strides(union, 2) == [2, 9] and strides(union, 3) == [1]
+    for together in (2, 3):
+        check_layout(layout(union, 790, 800, 2, Tile(128, 64), together), union.mask(790, 800, 2).numpy())
 
 
 @settings(max_examples=40, deadline=None)
 @given(calls())
 def test_no_layout_takes_longer_than_its_spans_say(call):
     pattern, q_len, kv_len, heads = call
-    found = layout(pattern, q_len, kv_len, heads, Tile(cuda_tables.QUERIES, cuda_tables.WIDE), divided=False)
+    found = layout(pattern, q_len, kv_len, heads, Tile(cuda_tables.QUERIES, cuda_tables.WIDE), ALL)
     bound = cuda_tables._undivided_at_most(pattern, Lengths(q_len, kv_len), heads, 2, 8)
     assert cuda_tables.finishing_time(found, 2, 8) <= bound
 
