@@ -11,8 +11,8 @@ import torch
 
 from sparse_attention.grid import tiles_at_most
 from sparse_attention.layout import Layout, LayoutPart, layout
-from sparse_attention.patterns.base import Lengths, Pattern, Tile
-from sparse_attention.patterns.grouping import ALL
+from sparse_attention.patterns.base import Lengths, Pattern, Tile, quotient_lengths
+from sparse_attention.patterns.grouping import ALL, grouped_parts
 
 QUERIES = 128  # rows of a query tile
 WIDE, NARROW = 128, 64  # keys of a tile
@@ -23,6 +23,7 @@ BETWEEN = 1.5  # what a query tile costs beside its key tiles, in key tiles
 # In keys of a wide tile, of which an H100 takes 76 a us on each multiprocessor: what a launch costs, and to read or write once the float32
 # outputs of a query tile between two launches.
 LAUNCH, PARTIAL = 256, 256
+HOPE = 1.3  # spans of a union count twice what two of its members see: layouts may be done so much sooner than these say
 DEAD, FULL = 1 << 29, (1 << 29) - 1  # marks of a run: see kDead and kFull
 ALONE, FIRST, MIDDLE, LAST = range(4)  # see enum Merge
 PASSES = 0, 1, 2, 1  # of each of them over the outputs between launches
@@ -57,10 +58,9 @@ def best_layout(
 
     chosen = best(1)
     strides = [part.stride for part in chosen[1].parts]
-    if len(strides) > 1:
-        chosen = min(chosen, best(2), key=itemgetter(0))
-    if strides != [1] and _undivided_at_most(pattern, Lengths(q_len, kv_len), heads, batch, processors) < chosen[0]:
-        chosen = min(chosen, best(ALL), key=itemgetter(0))
+    for together in (2, ALL) if strides != [1] else ():
+        if time_at_most(pattern, q_len, kv_len, heads, batch, processors, together) < HOPE * chosen[0]:
+            chosen = min(chosen, best(together), key=itemgetter(0))
     return chosen[1]
 
 
@@ -80,10 +80,23 @@ def _launch_time(keys: np.ndarray, batch: int, processors: int) -> float:
     return float(LAUNCH + max(cost.max(), batch * cost.sum() / processors))
 
 
-def _undivided_at_most(pattern: Pattern, lengths: Lengths, heads: int, batch: int, processors: int) -> float:
-    """What `finishing_time` of one launch for all parts does not exceed, without its layout."""
-    found = {head: tiles_at_most(head, lengths, Tile(QUERIES, WIDE)) for head in {pattern.for_head(h) for h in range(heads)}}
-    return _launch_time(WIDE * np.concatenate([found[pattern.for_head(h)] for h in range(heads)]), batch, processors)
+def time_at_most(pattern: Pattern, q_len: int, kv_len: int, heads: int, batch: int, processors: int, together: int) -> float:
+    """What `finishing_time` of a grouping hardly exceeds, by the spans of its parts and without its layout."""
+    of_head, lengths = [pattern.for_head(h) for h in range(heads)], Lengths(q_len, kv_len)
+    keys = {head: _keys_at_most(head, lengths, together) for head in set(of_head)}
+    launches = max(map(len, keys.values()))
+    return sum(_launch_time(np.concatenate([keys[h][n] for h in of_head if n < len(keys[h])]), batch, processors) for n in range(launches))
+
+
+def _keys_at_most(pattern: Pattern, lengths: Lengths, together: int) -> list[np.ndarray]:
+    """For each part, what each tile of its queries costs: keys, and passes over the outputs between launches."""
+    parts, found = grouped_parts(pattern, lengths, together), []
+    for number, part in enumerate(parts):
+        inner = [(part.of_residue(c), quotient_lengths(lengths, part.stride, c)) for c in range(part.stride)]
+        tiles = {key: tiles_at_most(*key, Tile(QUERIES, WIDE)) for key in set(inner) if key[1].q_len}
+        passes = (number > 0) + (number < len(parts) - 1)
+        found.append(WIDE * np.concatenate([tiles[key] for key in inner if key in tiles]) + passes * PARTIAL)
+    return found
 
 
 def _kinds(items: np.ndarray, merge_of_head: np.ndarray) -> np.ndarray:

@@ -171,9 +171,11 @@ def test_neighbours_of_a_union_share_the_stride_that_divides_theirs():
 @given(calls())
 def test_no_layout_takes_longer_than_its_spans_say(call):
     pattern, q_len, kv_len, heads = call
-    found = layout(pattern, q_len, kv_len, heads, Tile(cuda_tables.QUERIES, cuda_tables.WIDE), ALL)
-    bound = cuda_tables._undivided_at_most(pattern, Lengths(q_len, kv_len), heads, 2, 8)
-    assert cuda_tables.finishing_time(found, 2, 8) <= bound
+    for together in (1, 2, ALL):
+        found = layout(pattern, q_len, kv_len, heads, Tile(cuda_tables.QUERIES, cuda_tables.WIDE), together)
+        if len({part.stride for part in found.parts} - {0}) == len(found.parts):  # heads of one part have one stride, and share its launch
+            bound = cuda_tables.time_at_most(pattern, q_len, kv_len, heads, 2, 8, together)
+            assert cuda_tables.finishing_time(found, 2, 8) <= bound * (1 + 1e-9)
 
 
 def block_rows(mask, block, keys, q_len, kv_len, heads):
