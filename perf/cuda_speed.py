@@ -13,7 +13,7 @@ from statistics import median
 import torch
 
 from sparse_attention import BigBird, BlockSparse, Causal, Dense, Dilated, Longformer, LogSparse, MultiScale, SlidingWindow, baselines
-from sparse_attention import attention, cuda_tables
+from sparse_attention import attention, cuda_layout
 from sparse_attention.breakeven.cuda_clock import CudaClock
 
 K = 1024
@@ -81,7 +81,7 @@ def main() -> None:
                 dense = baselines.dense(q, k, v, causal=not isinstance(pattern, Dense))
                 calls |= {name: dense[f"sdpa {name}_attention"] for name in ("cudnn", "flash")}
             found = medians(calls, clock)
-        layout = cuda_tables.best_layout(pattern, length, length, heads, head_dim)
+        layout = cuda_layout.best_layout(pattern, length, length, heads, head_dim)
         useful, computed = (4 * head_dim * n for n in (layout.counts.pairs, layout.counts.visited * layout.tile_q * layout.tile_k))
         mine = found.pop("tile")
         rates = f"{useful / mine / 1e12:5.0f} TFLOP/s useful {computed / mine / 1e12:5.0f} in tiles of {layout.tile_k}"

@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
-from sparse_attention import attention, baselines, cuda_blocks, cuda_tables, cuda_tile
+from sparse_attention import attention, baselines, cuda_blocks, cuda_layout, cuda_tables, cuda_tile
 from sparse_attention.breakeven import Unavailable, Workload
 from sparse_attention.cost import cost
 from sparse_attention.dispatch import Sizes
@@ -196,7 +196,7 @@ def _work(pattern: Pattern, shape: Shape, by: str) -> float:
     lengths = shape.length, shape.length, shape.heads
     if by == "pairs":
         return pattern.pairs(*lengths) * shape.head_dim
-    found = cuda_tables.best_layout(pattern, *lengths, shape.head_dim)
+    found = cuda_layout.best_layout(pattern, *lengths, shape.head_dim)
     return found.counts.visited * found.tile_q * found.tile_k * shape.head_dim
 
 

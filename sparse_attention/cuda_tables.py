@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 from heapq import heapify, heapreplace
-from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from sparse_attention.grid import tiles_at_most
-from sparse_attention.layout import Layout, LayoutPart, layout
-from sparse_attention.patterns.base import Lengths, Pattern, Tile, quotient_lengths
-from sparse_attention.patterns.grouping import ALL, grouped_parts
+from sparse_attention.layout import Layout, LayoutPart
 
 QUERIES = 128  # rows of a query tile
 WIDE, NARROW = 128, 64  # keys of a tile
-NARROW_COST = 1.15  # a pair of a narrow tile costs so much more than one of a wide tile
 SECTION = 4  # heads whose keys and values should stay in the L2 cache together
 LONG = 4  # rows so many times as long as the mean go first, whatever their head: they may last as long as all others together
 BETWEEN = 1.5  # what a query tile costs beside its key tiles, in key tiles
-# In keys of a wide tile, of which an H100 takes 76 a us on each multiprocessor: what a launch costs, and to read or write once the float32
-# outputs of a query tile between two launches.
-LAUNCH, PARTIAL = 256, 256
-HOPE = 1.3  # spans of a union count twice what two of its members see: layouts may be done so much sooner than these say
 DEAD, FULL = 1 << 29, (1 << 29) - 1  # marks of a run: see kDead and kFull
 ALONE, FIRST, MIDDLE, LAST = range(4)  # see enum Merge
-PASSES = 0, 1, 2, 1  # of each of them over the outputs between launches
 
 
 class Part(NamedTuple):
@@ -46,80 +36,16 @@ class Part(NamedTuple):
     marks: torch.Tensor  # int32 [3, masks of the layout + 1]: what marks become under a block mask; empty without `halves`
 
 
-def best_layout(
-    pattern: Pattern, q_len: int, kv_len: int, heads: int, head_dim: int, batch: int = 1, processors: int = 132, wide: bool = True
-) -> Layout:
-    """The layout with which so many processors should be done first. wide: whether the tier gains by wide tiles."""
-
-    def best(together):
-        keys = [NARROW, WIDE] if wide and head_dim <= 128 else [NARROW]
-        found = [layout(pattern, q_len, kv_len, heads, Tile(QUERIES, n), together) for n in keys]
-        return min(((finishing_time(one, batch, processors), one) for one in found), key=itemgetter(0))
-
-    chosen = best(1)
-    strides = [part.stride for part in chosen[1].parts]
-    for together in (2, ALL) if strides != [1] else ():
-        if time_at_most(pattern, q_len, kv_len, heads, batch, processors, together) < HOPE * chosen[0]:
-            chosen = min(chosen, best(together), key=itemgetter(0))
-    return chosen[1]
-
-
-def finishing_time(found: Layout, batch: int, processors: int) -> float:
-    """About when so many processors are done, in keys of a wide tile: launches follow each other, and none ends before its longest item."""
-    each, time = found.tile_k * (NARROW_COST if found.tile_k == NARROW else 1.0), 0.0
-    for part, merge_of_head in zip(found.parts, _merges(found)):
-        items = _work(found, part)
-        kinds, passes = _kinds(items, merge_of_head), np.array(PASSES)[merge_of_head[items[:, 0]]]
-        keys = _lengths(part, items) * each + passes * PARTIAL
-        time += sum(_launch_time(keys[kinds == kind], batch, processors) for kind in np.unique(kinds))
-    return time
-
-
-def _launch_time(keys: np.ndarray, batch: int, processors: int) -> float:
-    cost = keys + BETWEEN * WIDE
-    return float(LAUNCH + max(cost.max(), batch * cost.sum() / processors))
-
-
-def time_at_most(pattern: Pattern, q_len: int, kv_len: int, heads: int, batch: int, processors: int, together: int) -> float:
-    """What `finishing_time` of a grouping hardly exceeds, by the spans of its parts and without its layout."""
-    of_head, lengths = [pattern.for_head(h) for h in range(heads)], Lengths(q_len, kv_len)
-    keys = {head: _keys_at_most(head, lengths, together) for head in set(of_head)}
-    launches = max(map(len, keys.values()))
-    return sum(_launch_time(np.concatenate([keys[h][n] for h in of_head if n < len(keys[h])]), batch, processors) for n in range(launches))
-
-
-def _keys_at_most(pattern: Pattern, lengths: Lengths, together: int) -> list[np.ndarray]:
-    """For each part, what each tile of its queries costs: keys, and passes over the outputs between launches."""
-    parts, found = grouped_parts(pattern, lengths, together), []
-    for number, part in enumerate(parts):
-        inner = [(part.of_residue(c), quotient_lengths(lengths, part.stride, c)) for c in range(part.stride)]
-        tiles = {key: tiles_at_most(*key, Tile(QUERIES, WIDE)) for key in set(inner) if key[1].q_len}
-        passes = (number > 0) + (number < len(parts) - 1)
-        found.append(WIDE * np.concatenate([tiles[key] for key in inner if key in tiles]) + passes * PARTIAL)
-    return found
-
-
-def _kinds(items: np.ndarray, merge_of_head: np.ndarray) -> np.ndarray:
-    """Which launch of a part each item is of: four times its stride, and how it merges."""
-    return items[:, 8] * np.int64(4) + merge_of_head[items[:, 0]]
-
-
-def _lengths(part: LayoutPart, items: np.ndarray) -> np.ndarray:
-    """How many key tiles each item has."""
-    tiles = np.concatenate([[0], np.cumsum(part.runs.numpy()[:, 1])])[part.row_start.numpy()]
-    return np.diff(tiles)[items[:, 1]]
-
-
 def tables(found: Layout, device: torch.device, processors: int, halves: bool = False) -> list[Part]:
     """The launches of a layout on a device that takes so many blocks at a time; `halves` for one that a block mask will filter."""
-    merges = _merges(found)
+    merges = merges_of_heads(found)
     parts = []
     for part, merge_of_head in zip(found.parts, merges):
         shared = _shared_tables(found, part, halves)
-        items = _work(found, part)
+        items = items_of(found, part)
         if not halves:  # a filter brings its own order
             items, length = _long_first(found, part, items)
-        kinds = _kinds(items, merge_of_head)
+        kinds = launches_of(items, merge_of_head)
         for kind in np.unique(kinds):
             mine, (stride, merge) = kinds == kind, divmod(kind, 4)
             work, starts = items[mine], np.zeros(processors + 1, np.int32)
@@ -130,12 +56,23 @@ def tables(found: Layout, device: torch.device, processors: int, halves: bool = 
     return parts
 
 
-def _merges(found: Layout) -> np.ndarray:
+def merges_of_heads(found: Layout) -> np.ndarray:
     """Which of a head's parts each part is: int [parts, heads]."""
     has = np.stack([np.diff(part.variant_views.numpy())[part.head_variant.numpy()] > 0 for part in found.parts])
     place, count = has.cumsum(axis=0), has.sum(axis=0)
     later = np.where(place == count, LAST, MIDDLE)
     return np.where(count == 1, ALONE, np.where(place == 1, FIRST, later))
+
+
+def launches_of(items: np.ndarray, merge_of_head: np.ndarray) -> np.ndarray:
+    """Which launch of a part each item is of: four times its stride, and how it merges."""
+    return items[:, 8] * np.int64(4) + merge_of_head[items[:, 0]]
+
+
+def tiles_of_items(part: LayoutPart, items: np.ndarray) -> np.ndarray:
+    """How many key tiles each item has."""
+    tiles = np.concatenate([[0], np.cumsum(part.runs.numpy()[:, 1])])[part.row_start.numpy()]
+    return np.diff(tiles)[items[:, 1]]
 
 
 def _shared_tables(found: Layout, part: LayoutPart, halves: bool) -> tuple:
@@ -161,7 +98,7 @@ def _shared_tables(found: Layout, part: LayoutPart, halves: bool) -> tuple:
     return has_dead, runs, masks, ~seen, marks
 
 
-def _work(found: Layout, part: LayoutPart) -> np.ndarray:
+def items_of(found: Layout, part: LayoutPart) -> np.ndarray:
     """One row for each tile of queries of each head: struct Work, with the row of the layout in place of its runs, and q_long, k_long."""
     views, bounds = part.views.numpy(), part.variant_views.numpy()
     of_variant = []  # items of head 0
@@ -191,7 +128,7 @@ def _with_runs(work: np.ndarray, part: LayoutPart, runs: np.ndarray) -> np.ndarr
 
 def _long_first(found: Layout, part: LayoutPart, work: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The work and how many key tiles each item has: long ones first, a few heads at a time."""
-    length = _lengths(part, work)
+    length = tiles_of_items(part, work)
     order = np.lexsort((-length, work[:, 0] // SECTION, length <= LONG * length.mean()))
     return work[order], length[order]
 

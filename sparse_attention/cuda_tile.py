@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from sparse_attention import _build_cuda, cuda_blocks, cuda_tables
+from sparse_attention import _build_cuda, cuda_blocks, cuda_layout, cuda_tables
 from sparse_attention.dispatch import Sizes
 from sparse_attention.layout import Layout
 from sparse_attention.layout import layout as tiles_of
@@ -34,7 +34,7 @@ def ready(pattern: Pattern, sizes: Sizes, device: torch.device) -> Ready:
     blocks = cuda_blocks.split(pattern, *lengths) if sizes.kv_len > LISTED else None
     if blocks is None:
         wide, processors = _tier(device) == "sm90", _processors(native, device, sizes)
-        found = cuda_tables.best_layout(pattern, *lengths, sizes.head_dim, sizes.batch, processors, wide)
+        found = cuda_layout.best_layout(pattern, *lengths, sizes.head_dim, sizes.batch, processors, wide)
         layout, made = _layout(native, found, device, sizes), None
         nbytes = 2 * found.nbytes
     else:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from sparse_attention import _build_cuda, cuda_blocks, cuda_rows, cuda_tables, decode_cuda
+from sparse_attention import _build_cuda, cuda_blocks, cuda_layout, cuda_rows, cuda_tables, decode_cuda
 from sparse_attention.cost import Cost, cost, count, scattered
 from sparse_attention.decode_pattern import is_large_tree, suits, suits_cuda
 from sparse_attention.lanes import lane_pairs
@@ -215,7 +215,7 @@ def _cuda_work(pattern: Pattern, sizes: Sizes, rows: int) -> dict[str, Work]:
             tile = Tile(cuda_tables.QUERIES, cuda_tables.NARROW)
             computed = tile.q * tile.k * cuda_rows.touched(pattern, *lengths, tile)
         elif computed is None:
-            layout = cuda_tables.best_layout(pattern, *lengths, sizes.head_dim, sizes.batch)
+            layout = cuda_layout.best_layout(pattern, *lengths, sizes.head_dim, sizes.batch)
             computed = layout.counts.visited * layout.tile_q * layout.tile_k
         found["tile"] = Work(rows, sizes.batch * computed)
     return found

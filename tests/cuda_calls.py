@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparse_attention import _build_cuda, cuda_tables
+from sparse_attention import _build_cuda, cuda_layout
 
 
 @pytest.fixture(params=_build_cuda.TIERS, autouse=True)
@@ -22,7 +22,7 @@ def tier(request, monkeypatch):
 @pytest.fixture
 def apart(monkeypatch):
     """The parts of a union are launched one after the other, even where one launch is quicker."""
-    monkeypatch.setattr(cuda_tables, "LAUNCH", -1e9)
+    monkeypatch.setattr(cuda_layout, "LAUNCH", -1e9)
 
 
 def tensors(batch, heads, kv_heads, q_len, kv_len, head_dim, dtype=torch.bfloat16, seed=0):

@@ -19,7 +19,7 @@ from unittest import mock
 import torch
 
 import sparse_attention as sa
-from sparse_attention import _build_cuda, cuda_rows, cuda_tables, eagle
+from sparse_attention import _build_cuda, cuda_layout, cuda_rows, eagle
 from sparse_attention._build import source_folder
 from sparse_attention.decode import decode
 from sparse_attention.dispatch import Sizes
@@ -79,7 +79,7 @@ def tile() -> None:
     attend("tile", sa.Causal(), 130, 259, 64, torch.float16)
     attend("tile", sa.SlidingWindow(40), 200, 100)  # rows that see nothing
     attend("tile", sa.SlidingWindow(64), 63, 400)  # keys that no row sees
-    with mock.patch.object(cuda_tables, "LAUNCH", -1e9):  # parts of a union one after the other, though one launch is quicker here
+    with mock.patch.object(cuda_layout, "LAUNCH", -1e9):  # parts of a union one after the other, though one launch is quicker here
         attend("tile", sa.Dilated(40, 3), 301, 301, 64)
         attend("tile", sa.Dilated(36, (1, 2)), 290, 290, kv_heads=2)
         attend("tile", sa.MultiScale(16, (1, 2, 4)), 300, 300)

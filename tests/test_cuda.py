@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import sparse_attention as sa
-from sparse_attention import cuda_tables, dispatch, engines
+from sparse_attention import cuda_layout, cuda_tables, dispatch, engines
 from tests.cases import CASES
 from tests.cuda_calls import apart, assert_accurate, exact, tensors, tier  # noqa: F401
 
@@ -51,7 +51,7 @@ def test_lengths(lengths):
 @pytest.mark.parametrize("keys", (cuda_tables.NARROW, cuda_tables.WIDE))
 @pytest.mark.parametrize("head_dim", (64, 128))
 def test_both_widths_of_tiles(keys, head_dim, monkeypatch):
-    monkeypatch.setattr(cuda_tables, "NARROW_COST", 0.0 if keys == cuda_tables.NARROW else 1e9)
+    monkeypatch.setattr(cuda_layout, "NARROW_COST", 0.0 if keys == cuda_tables.NARROW else 1e9)
     monkeypatch.setattr("sparse_attention.engines._engines", {})
     q, k, v = tensors(1, 2, 2, 1500, 1500, head_dim)
     for pattern in (sa.BigBird(64), sa.SlidingWindow(250), sa.Longformer(70, 3)):
