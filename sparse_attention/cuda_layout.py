@@ -24,6 +24,7 @@ def best_layout(
     pattern: Pattern, q_len: int, kv_len: int, heads: int, head_dim: int, batch: int = 1, processors: int = 132, wide: bool = True
 ) -> Layout:
     """The layout with which so many processors should be done first. wide: whether the tier gains by wide tiles."""
+    pattern = pattern.frozen()
 
     def best(together):
         keys = [NARROW, WIDE] if wide and head_dim <= 128 else [NARROW]
