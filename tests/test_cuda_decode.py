@@ -171,6 +171,33 @@ def test_every_kernel_with_any_number_of_splits(kernel, splits):
             assert torch.equal(out, again[0]) and again[1] is None
 
 
+@pytest.mark.parametrize("nodes, splits", ((33, 1), (50, 2), (64, 8), (64, 16)))
+def test_two_tiles_of_rows_bring_each_other_keys(nodes, splits):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("compute capability 9.0 only")
+    native, scale, warpgroups = _build_cuda.kernels((9, 0)), 128**-0.5, KERNELS["warpgroups"]
+    q, k, v = tensors(2, 8, 2, nodes, 6144, 128)
+    words = random_tree(nodes).clone()
+    words[0, 20] = 0  # no node
+    pages = [x.unflatten(2, (96, 64)).transpose(1, 2).flatten(0, 1) for x in (k, v)]
+    table = torch.arange(192, device="cuda", dtype=torch.int32).view(2, 96)
+    for given, window, sinks in ((words, -1, 0), (None, -1, 0), (None, 3000, 5)):
+        for lengths in ([6144, nodes], [3333, 0]):
+            lengths = torch.tensor(lengths, device="cuda")
+            past = torch.arange(6144, device="cuda")[None, None, :, None] >= lengths[:, None, None, None]
+            spoiled = [x.masked_fill(past, torch.nan) for x in (k, v)]
+            want, want_lse = decode(
+                *(x.double() for x in (q, k, v)), lengths, ancestors=given, window=None if window < 0 else window, sinks=sinks,
+                return_lse=True, impl="reference",
+            )  # fmt: skip
+            for (a, b), at in ((spoiled, None), (pages, table)):
+                out, lse = native.decode_forward(q, a, b, lengths, 0, given, window, sinks, at, scale, True, warpgroups, splits)
+                assert (out.double() - want).abs().max() < 0.03 and torch.equal(lse == -torch.inf, want_lse == -torch.inf)
+                assert (lse.double() - want_lse).nan_to_num(0.0, 0.0, 0.0).abs().max() < 1e-3
+                for _ in range(30):
+                    assert torch.equal(out, native.decode_forward(q, a, b, lengths, 0, given, window, sinks, at, scale, False, warpgroups, splits)[0])
+
+
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
 def test_one_number_of_keys_for_all(dtype):
     q, k, v = tensors(2, 8, 2, 5, 900, 128, dtype)

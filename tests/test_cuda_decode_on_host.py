@@ -25,6 +25,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="fibers are ucon
 HERE = Path(__file__).parent / "cuda_on_host"
 KERNELS = ("narrow", "wide", "many")
 ROWS = {"warpgroups": 128, "warpgroup": 64}  # of a block
+MATES = {"mates": 256}  # of two blocks that bring each other's keys
 
 
 @functools.cache
@@ -54,7 +55,8 @@ class Engine:
 
     def __init__(self, name):
         self.name = name
-        self.call = host_library("sm90/library.cpp" if name in ROWS else "decode/library.cpp").decode
+        self.rows = (ROWS | MATES).get(name)
+        self.call = host_library("sm90/library.cpp" if self.rows else "decode/library.cpp").decode
 
     def __call__(self, q, k, v, lengths, *, ancestors=None, window=-1, sinks=0, block_table=None, splits=1, cluster=1, seed=0):
         batch, heads, q_len, head_dim = q.shape
@@ -69,7 +71,7 @@ class Engine:
         strides = [step for x in (q, out, k, v) for step in x.stride()[:3]]
         sizes.append(one or 0)
         arrays = (ctypes.c_void_p * 10)(*pointers), (ctypes.c_int64 * 12)(*strides), (ctypes.c_int32 * len(sizes))(*sizes)
-        which = [ROWS[self.name]] if self.name in ROWS else [int(q.dtype == torch.float32), KERNELS.index(self.name)]
+        which = [self.rows] if self.rows else [int(q.dtype == torch.float32), KERNELS.index(self.name)]
         assert self.call(*arrays, ctypes.c_float(head_dim**-0.5), *which, seed) == 0
         return out, lse
 
@@ -192,6 +194,28 @@ def test_more_tiles_than_stages_in_one_block(engine, length, splits):
         given = {} if ancestors is None else {"ancestors": ancestors}
         first = engine.check(q, k, v, torch.tensor([length]), splits=splits, **given)
         assert torch.equal(first[0], engine(q, k, v, torch.tensor([length]), splits=splits, seed=7, **given)[0])
+
+
+@pytest.mark.parametrize("length, splits", ((70, 1), (200, 2), (600, 1), (900, 1), (900, 2)))
+def test_mates_bring_each_other_keys(length, splits):
+    """Two tiles of rows, whose blocks also begin and end with tiles that only one of them sees."""
+    mates = Engine("mates")
+    q, k, v = tensors(1, 4, 2, 70, 901, 128)
+    holes = bits(torch.tensor([-1] + [max(0, n - 1 - n % 5) for n in range(1, 70)]))
+    given = {"ancestors": holes} if length == 900 or splits > 1 else {}
+    holes[0, 40] = 0  # no node
+    first = mates.check(q, k, v, torch.tensor([length]), splits=splits, **given)
+    assert torch.equal(first[0], mates(q, k, v, torch.tensor([length]), splits=splits, seed=7, **given)[0])
+
+
+def test_mates_of_several_tiles_requests_and_windows():
+    mates = Engine("mates")
+    q, k, v = tensors(2, 8, 1, 60, 300, 72)  # four tiles
+    mates.check(q, k, v, torch.tensor([300, 0]), splits=2)
+    mates.check(q, k, v, torch.tensor([290, 61]), window=40, sinks=3)
+    pages = [x.unflatten(2, (6, 50))[:, :, :, :16].transpose(1, 2).flatten(0, 1) for x in (k, v)]  # 12 pages of 16
+    table = torch.randperm(12, generator=torch.Generator().manual_seed(1)).view(2, 6).int()
+    mates.check(q, *pages, torch.tensor([90, 70]), block_table=table, splits=2)
 
 
 def test_trees_of_different_sizes(engine):

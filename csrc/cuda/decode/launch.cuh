@@ -45,7 +45,9 @@ cudaError_t launch(const Decode& d, cudaStream_t stream) {
 template <typename T, int kDim>
 cudaError_t launch(const Decode& d, DecodeKernel kernel, cudaStream_t stream) {
   constexpr int kRowBytes = kDim * sizeof(T);
-  if (kernel == DecodeKernel::kNarrow) return launch<Shape<T, kDim, 1, kDim <= 128 ? 4 : 2>>(d, stream);
+  constexpr int kNarrowWarps = kDim <= 128 ? 4 : 2;
+  if (kernel == DecodeKernel::kNarrow)
+    return reads_once(d, 16) ? launch<Shape<T, kDim, 1, kNarrowWarps, true>>(d, stream) : launch<Shape<T, kDim, 1, kNarrowWarps>>(d, stream);
   if constexpr (kRowBytes <= 256 && sizeof(T) == 2)
     if (kernel == DecodeKernel::kMany) return launch<Shape<T, kDim, 4, 1>>(d, stream);
   return launch<Shape<T, kDim, (kRowBytes > 512 ? 2 : 4), (kRowBytes <= 256 ? 2 : 1)>>(d, stream);

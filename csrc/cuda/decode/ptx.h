@@ -21,6 +21,25 @@ __device__ __forceinline__ uint32_t to_tf32(float x) {
 
 __device__ __forceinline__ float as_float(uint32_t bits) { return __uint_as_float(bits); }
 
+// ---- the L2 cache
+
+// What copies tell L2 of what they read: that it may be the first to make room, or nothing in particular.
+__device__ __forceinline__ uint64_t once_policy() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(policy));
+  return policy;
+}
+__device__ __forceinline__ uint64_t usual_policy() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_normal.b64 %0;" : "=l"(policy));
+  return policy;
+}
+
+// sm80::copy_16 with a policy.
+__device__ __forceinline__ void copy_16_under(uint32_t to, const void* from, bool real, uint64_t policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(to), "l"(from), "r"(real ? 16 : 0), "l"(policy));
+}
+
 // ---- clusters and dependent launches
 
 __device__ __forceinline__ void cluster_sync() {
@@ -33,6 +52,23 @@ __device__ __forceinline__ void cluster_sync() {
 __device__ __forceinline__ void cluster_part() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+#endif
+}
+
+// The two halves of a meeting of the cluster. Relaxed: where nothing was written that others read, or what was has had its fence.
+__device__ __forceinline__ void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
 }
 

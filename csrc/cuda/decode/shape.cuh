@@ -7,11 +7,12 @@ namespace sparse_attention::decoding {
 
 using sm80::copies_commit, sm80::copies_wait, sm80::copy_16, sm80::shared_address;
 
-// kRowWarps warps of 16 rows each, times kKeyWarps that share the keys of a tile.
-template <typename T_, int kDim_, int kRowWarps_, int kKeyWarps_>
+// kRowWarps warps of 16 rows each, times kKeyWarps that share the keys of a tile. kOnce: no other block reads its keys.
+template <typename T_, int kDim_, int kRowWarps_, int kKeyWarps_, bool kOnce_ = false>
 struct Shape {
   using T = T_;
   static constexpr int kDim = kDim_, kRowWarps = kRowWarps_, kKeyWarps = kKeyWarps_;
+  static constexpr bool kOnce = kOnce_;
   static constexpr bool kSingle = sizeof(T) == 4;  // products of TF32, three for one
   static constexpr int kRows = 16 * kRowWarps, kThreads = 32 * kRowWarps * kKeyWarps;
   static constexpr int kRowBytes = kDim * sizeof(T), kUnits = kRowBytes / 16;  // copied 16 bytes at a time
@@ -92,6 +93,10 @@ struct Work {
       : d(d), kv_head(kv_head), batch(batch), first_row(first_row), rows(d.group * d.q_len),
         span(d, length, used, batch, split, first_row, S::kRows) {}
 
+  __device__ __forceinline__ static void copy_16_of_cache(uint32_t to, const T* from, bool real) {
+    S::kOnce ? copy_16_under(to, from, real, once_policy()) : copy_16(to, from, real);
+  }
+
   // Keys and values of a tile; zeros for those that no query may see.
   __device__ __forceinline__ void copy_tile(uint8_t* to, int tile) const {
     const uint32_t target = shared_address(to);
@@ -105,8 +110,8 @@ struct Work {
       const int local = first + i * Mine<S>::kStep;
       const bool real = (local < end) & ((local >= low) | (local < sinks));
       const uint32_t at = target + place<S>(local, unit);
-      copy_16(at, k, real);
-      copy_16(at + S::kStage / 2, v, real);
+      copy_16_of_cache(at, k, real);
+      copy_16_of_cache(at + S::kStage / 2, v, real);
       k += Mine<S>::kStep * d.k.row, v += Mine<S>::kStep * d.v.row;
     }
   }
@@ -122,8 +127,8 @@ struct Work {
       real = page < uint32_t(d.pages);
       const int64_t at = real ? page : 0, row = (begin + local) & (d.page - 1);
       const uint32_t there = target + place<S>(local, Mine<S>::unit());
-      copy_16(there, k + at * d.k.batch + row * d.k.row, real);
-      copy_16(there + S::kStage / 2, v + at * d.v.batch + row * d.v.row, real);
+      copy_16_of_cache(there, k + at * d.k.batch + row * d.k.row, real);
+      copy_16_of_cache(there + S::kStage / 2, v + at * d.v.batch + row * d.v.row, real);
     }
   }
 

@@ -6,6 +6,11 @@ namespace sparse_attention {
 
 __device__ __forceinline__ uint64_t low_bits(int count) { return count >= 64 ? ~uint64_t{0} : count <= 0 ? 0 : (uint64_t{1} << count) - 1; }
 
+// Whether each key is read once, where `rows` rows share one reading of it. Requests may share pages.
+__host__ __device__ inline bool reads_once(const Decode& d, int rows) {
+  return d.group * d.q_len <= rows && (d.batch == 1 || !d.block_table);
+}
+
 // Two words of a node's ancestors, one behind the other.
 struct Words {
   uint64_t first, second;

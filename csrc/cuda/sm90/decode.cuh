@@ -89,7 +89,8 @@ struct Decoder : Attend<S, T, true, Decoder<S, T>> {
   }
 
   __device__ __forceinline__ void free(uint64_t* barriers, Ring<S::kStages>& ring) {
-    if (lane == 0) barrier_arrive(&barriers[ring.stage]);
+    if (S::kMates == 1 && lane == 0) barrier_arrive(&barriers[ring.stage]);
+    if (S::kMates > 1 && lane < S::kMates) barrier_arrive_at(&barriers[ring.stage], lane);
     ring.next();
   }
 
@@ -274,18 +275,22 @@ __device__ __forceinline__ void run_block(const Decode& d, const CacheMaps& maps
   }
   __syncwarp();
   threadIdx.x < 32 ? named_arrive<S::kThreads>(kBarriersReady) : named_sync<S::kThreads>(kBarriersReady);
+  if (S::kMates > 1) decoding::cluster_arrive_relaxed();
   const int length = length_within(d, wanted);
   if (threadIdx.x >= 32) helper.keep(shared, length - d.q_len);
+  if (S::kMates > 1) decoding::cluster_wait();  // mates have their barriers
   if (threadIdx.x < 128) {
     registers_fewer<S::kFewer>();
     if (threadIdx.x == 0) copy_cache(place, maps, shared, length);
     __syncwarp();
-    if (d.cluster > 1) decoding::cluster_sync(), decoding::cluster_part();
+    if (S::kMates > 1) decoding::cluster_arrive(), decoding::cluster_wait();
+    else if (d.cluster > 1) decoding::cluster_sync(), decoding::cluster_part();
   } else {
     registers_more<S::kMore>();
     Decoder<S, T> decoder(place, maps, shared, length);
     decoder.run();
-    if (d.cluster > 1) {
+    if (S::kMates > 1) decoding::cluster_arrive();
+    if (S::kMates == 1 && d.cluster > 1) {
       named_sync<S::kThreads - 128>(kDecodersMeet);  // all are done with keys and values, whose memory `show` takes
       decoder.show();
       decoding::cluster_sync();
@@ -294,6 +299,7 @@ __device__ __forceinline__ void run_block(const Decode& d, const CacheMaps& maps
     } else {
       d.splits == 1 ? decoder.write() : decoder.write_part();
     }
+    if (S::kMates > 1) decoding::cluster_wait();  // nobody leaves while mates say that they are done with its tiles
   }
 }
 

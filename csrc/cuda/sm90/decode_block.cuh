@@ -9,29 +9,33 @@ namespace sparse_attention::sm90 {
 // Named barriers, beside 2 to 5, which are the warpgroups'.
 constexpr int kHelpersMeet = 1, kBarriersReady = 6, kDecodersMeet = 7;
 
-// kRows: 128 for two warpgroups, 64 for one. kWords: room for ancestor words.
-template <int kRows, int kDim, int kKeys, int kStages, int kWords_>
+// kRows: 128 for two warpgroups, 64 for one. kWords: room for ancestor words. kMates: blocks of neighbouring rows that are a cluster, each of
+// which brings some columns of every tile to all.
+template <int kRows, int kDim, int kKeys, int kStages, int kWords_, int kMates_ = 1>
 struct CacheShape : Shape<kDim, kKeys, kStages> {
-  static constexpr int kWords = kWords_, kQueries = kRows, kQueryBlock = kRows * 128, kThreads = 128 + 2 * kRows;
+  static constexpr int kWords = kWords_, kMates = kMates_, kQueries = kRows, kQueryBlock = kRows * 128, kThreads = 128 + 2 * kRows;
+  static_assert(CacheShape::kBlocks % kMates == 0);
   static constexpr int kHelpers = kThreads - 32;  // all but the warp that copies keys
   static constexpr int kResident = kRows == 64 ? 2 : 1, kFewer = 56, kMore = kRows == 64 ? 200 : 224;  // blocks at once; registers
 };
 
-// Where a block stands in the grid: (splits, row tiles * kv_heads, batch). Of all heads those tiles first that see most keys.
+// Where a block stands in the grid: (splits * mates, row tiles / mates * kv_heads, batch). Of all heads those tiles first that see most keys.
 template <class S>
 struct Place {
   const Decode& d;
-  const int batch, kv_head, split, first_row, rows;  // rows: of the group of heads
+  const int batch, kv_head, mate, split, first_row, rows;  // rows: of the group of heads
 
   __device__ explicit Place(const Decode& d) : Place(d, uint64_t{blockIdx.y} * d.kv_inverse >> 32) {}
   __device__ Place(const Decode& d, int turn)
-      : d(d), batch(blockIdx.z), kv_head(blockIdx.y - turn * d.kv_heads), split(blockIdx.x),
-        first_row(((d.group * d.q_len - 1) / S::kQueries - turn) * S::kQueries), rows(d.group * d.q_len) {}
+      : d(d), batch(blockIdx.z), kv_head(blockIdx.y - turn * d.kv_heads), mate(blockIdx.x % S::kMates), split(blockIdx.x / S::kMates),
+        first_row(((d.group * d.q_len - 1) / S::kQueries - turn * S::kMates - mate) * S::kQueries), rows(d.group * d.q_len) {}
 
   // Whether tiles are known without the length.
   __device__ __forceinline__ bool plain() const { return d.window < 0 && !d.block_table; }
   __device__ __forceinline__ int first_query() const { return query_of_row(d, first_row); }
   __device__ __forceinline__ int queries() const { return query_of_row(d, min(rows, first_row + S::kQueries) - 1) + 1 - first_query(); }
+  // The first row of the last tile among the block's and its mates'.
+  __device__ __forceinline__ int last_tile() const { return first_row + mate * S::kQueries; }
   // Whether what the queries see of the new keys is in shared memory.
   __device__ __forceinline__ bool has_words(int prefix) const {
     return d.ancestors && plain() && prefix >= 0 && queries() * (d.words + 1) <= S::kWords;
@@ -45,9 +49,9 @@ bool has_room(const Decode& d) {
 }
 
 // The output leaves through the queries' memory, or, as floats for others of a cluster, through that of tiles.
-template <int kRows, int kDim_, int kKeys_, int kStages_, int kWords>
-struct alignas(1024) Shared<CacheShape<kRows, kDim_, kKeys_, kStages_, kWords>> {
-  using S = CacheShape<kRows, kDim_, kKeys_, kStages_, kWords>;
+template <int kRows, int kDim_, int kKeys_, int kStages_, int kWords, int kMates>
+struct alignas(1024) Shared<CacheShape<kRows, kDim_, kKeys_, kStages_, kWords, kMates>> {
+  using S = CacheShape<kRows, kDim_, kKeys_, kStages_, kWords, kMates>;
   static constexpr int kPitch = S::kDim + 8;  // floats of a row
   alignas(1024) uint8_t q[S::kBlocks * S::kQueryBlock];
   alignas(1024) uint8_t k[S::kStages][S::kBlocks * S::kKeyBlock];
@@ -64,14 +68,15 @@ struct alignas(1024) Shared<CacheShape<kRows, kDim_, kKeys_, kStages_, kWords>> 
   static_assert(S::kQueries * kPitch * 4 <= 2 * sizeof(k));
 };
 
-// The barriers, before anybody uses them; one thread calls it. A tile's keys come with its mark; each warp says when it is done with them.
+// The barriers, before anybody uses them; one thread calls it. A tile's keys come with its mark; each warp says when it is done with them,
+// its mates' too.
 template <class S>
 __device__ __forceinline__ void init_cache_barriers(Shared<S>& shared) {
   for (int s = 0; s < S::kStages; ++s) {
     barrier_init(&shared.k_full[s], 2);
     barrier_init(&shared.v_full[s], 1);
-    barrier_init(&shared.k_empty[s], S::kQueries / 16);
-    barrier_init(&shared.v_empty[s], S::kQueries / 16);
+    barrier_init(&shared.k_empty[s], S::kMates * S::kQueries / 16);
+    barrier_init(&shared.v_empty[s], S::kMates * S::kQueries / 16);
   }
   barrier_init(&shared.q_full, 1);
   barrier_init(&shared.words_full, S::kHelpers / 32);

@@ -20,7 +20,7 @@ struct Visits {
   bool holes = false;
 
   __device__ Visits(const Place<S>& place, int length)
-      : span(place.d, length, ~0u, place.batch, 0, place.first_row, S::kQueries), place(place), plain(place.plain()),
+      : span(place.d, length, ~0u, place.batch, 0, place.last_tile(), S::kQueries), place(place), plain(place.plain()),
         last(max(span.visited, place.split + 1)) {}
 
   // The next visit, from this one on, to a tile of which something may be seen.
@@ -61,11 +61,12 @@ struct Visits {
   }
 };
 
-// One thread copies keys or values of a tile in.
+// One thread copies keys or values of a tile in. together: its mates copy theirs, and each gets all of it
 template <class S>
-__device__ __forceinline__ void copy_tile(const Place<S>& place, const CUtensorMap* map, uint8_t* to, uint64_t* barrier, int tile, int length = 0) {
+__device__ __forceinline__ void copy_tile(const Place<S>& place, const CUtensorMap* map, uint8_t* to, uint64_t* barrier, int tile, bool together, int length = 0) {
   const Decode& d = place.d;
   const int rows = d.block_table ? min(S::kKeys, d.page) : S::kKeys;
+  const bool once = S::kQueries > 64 && reads_once(d, S::kMates * S::kQueries);  // a short cache is not read quicker under a policy
   barrier_expect(barrier, S::kBlocks * S::kKeyBlock);
   for (int row = 0; row < S::kKeys; row += rows) {
     int page = place.batch, at = tile * S::kKeys + row;
@@ -74,11 +75,20 @@ __device__ __forceinline__ void copy_tile(const Place<S>& place, const CUtensorM
       page = min(max(page, 0), d.pages - 1), at %= d.page;
     }
 #pragma unroll
-    for (int b = 0; b < S::kBlocks; ++b) tensor_load(to + b * S::kKeyBlock + row * 128, map, barrier, 64 * b, 0, at, place.kv_head, page);
+    for (int b = 0; b < S::kBlocks; ++b) {
+      uint8_t* const box = to + b * S::kKeyBlock + row * 128;
+      if (S::kMates > 1 && together) {
+        if (b % S::kMates == place.mate) tensor_load_all(box, map, barrier, 64 * b, 0, at, place.kv_head, page, once ? decoding::once_policy() : decoding::usual_policy(), S::kMates);
+      } else if (once) {
+        tensor_load(box, map, barrier, 64 * b, 0, at, place.kv_head, page, decoding::once_policy());
+      } else {
+        tensor_load(box, map, barrier, 64 * b, 0, at, place.kv_head, page);
+      }
+    }
   }
 }
 
-// The queries, and the first tile where it is known.
+// The queries, and the first tile where it is known: all of it, since it is not known yet whether mates are ready.
 template <class S>
 __device__ __forceinline__ void copy_first(const Place<S>& place, const CacheMaps& maps, Shared<S>& shared) {
   if (maps.boxed) {
@@ -88,8 +98,8 @@ __device__ __forceinline__ void copy_first(const Place<S>& place, const CacheMap
       tensor_load(shared.q + b * S::kQueryBlock, &maps.q, &shared.q_full, 64 * b, 0, place.first_query(), place.kv_head, place.batch);
   }
   if (!place.plain()) return;
-  copy_tile(place, &maps.k, shared.k[0], &shared.k_full[0], place.split);
-  copy_tile(place, &maps.v, shared.v[0], &shared.v_full[0], place.split);
+  copy_tile(place, &maps.k, shared.k[0], &shared.k_full[0], place.split, false);
+  copy_tile(place, &maps.v, shared.v[0], &shared.v_full[0], place.split, false);
 }
 
 // One thread copies this block's key tiles in, and says of each what is to be hidden. The first may be on its way. The call's last tile, which
@@ -104,7 +114,8 @@ __device__ __forceinline__ void copy_cache(const Place<S>& place, const CacheMap
     barrier_wait(&shared.words_full, 0);
     uint32_t used = 0;
     for (int w = 0; w < S::kHelpers / 32; ++w) used |= shared.used[w], visits.holes |= shared.missing[w] != 0;
-    shared.holes = visits.holes, visits.span.used = used, words = true;
+    shared.holes = visits.holes, words = true;
+    if (S::kMates == 1) visits.span.used = used;  // mates visit the same tiles
   };
   if (!words && !there) wait_words();
   int end = visits.last, regular = 0;  // regular: the next one in order
@@ -112,7 +123,7 @@ __device__ __forceinline__ void copy_cache(const Place<S>& place, const CacheMap
     const int stage = ring.stage;
     if (!there) {
       barrier_wait(&shared.k_empty[stage], ring.phase ^ 1);
-      copy_tile(place, &maps.k, shared.k[stage], &shared.k_full[stage], visits.span.tile(visit), visits.span.length);
+      copy_tile(place, &maps.k, shared.k[stage], &shared.k_full[stage], visits.span.tile(visit), true, visits.span.length);
     }
     if (n != S::kStages || end == visits.last) regular = visit + place.d.splits;
     const int found = n + 1 == S::kStages ? visits.last_of_all(regular) : -1;
@@ -124,7 +135,7 @@ __device__ __forceinline__ void copy_cache(const Place<S>& place, const CacheMap
     barrier_arrive(&shared.k_full[stage]);
     if (!there) {
       barrier_wait(&shared.v_empty[stage], ring.phase ^ 1);
-      copy_tile(place, &maps.v, shared.v[stage], &shared.v_full[stage], visits.span.tile(visit), visits.span.length);
+      copy_tile(place, &maps.v, shared.v[stage], &shared.v_full[stage], visits.span.tile(visit), true, visits.span.length);
     }
   }
 }

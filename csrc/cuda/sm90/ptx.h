@@ -43,6 +43,18 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t phase) 
       : "memory");
 }
 
+// The same barrier of another block of the cluster.
+__device__ __forceinline__ void barrier_arrive_at(uint64_t* barrier, uint32_t rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
+      "}\n" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+}
+
 template <int kThreads>
 __device__ __forceinline__ void named_sync(int id) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(kThreads) : "memory");
@@ -75,6 +87,26 @@ __device__ __forceinline__ void tensor_load(
       "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(
           shared_address(to)),
       "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(residue), "r"(step), "r"(head), "r"(batch)
+      : "memory");
+}
+
+// policy: for L2, of decode/ptx.h
+__device__ __forceinline__ void tensor_load(
+    void* to, const CUtensorMap* map, uint64_t* barrier, int column, int residue, int step, int head, int batch, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(
+          shared_address(to)),
+      "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(residue), "r"(step), "r"(head), "r"(batch), "l"(policy)
+      : "memory");
+}
+
+// The same into every block of a cluster of `blocks`, at the same place of its shared memory, and for its own barrier.
+__device__ __forceinline__ void tensor_load_all(
+    void* to, const CUtensorMap* map, uint64_t* barrier, int column, int residue, int step, int head, int batch, uint64_t policy, int blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint "
+      "[%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8, %9;" ::"r"(shared_address(to)),
+      "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(residue), "r"(step), "r"(head), "r"(batch), "h"(uint16_t((1 << blocks) - 1)), "l"(policy)
       : "memory");
 }
 

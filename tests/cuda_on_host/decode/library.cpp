@@ -34,7 +34,8 @@ void run_all(const Decode& d, int seed) {
 template <typename T, int kDim>
 void run_dim(const Decode& d, int kernel, int seed) {
   constexpr int kRowBytes = kDim * sizeof(T);
-  if (kernel == 0) run_all<Shape<T, kDim, 1, kDim <= 128 ? 4 : 2>>(d, seed);
+  if (kernel == 0 && reads_once(d, 16)) run_all<Shape<T, kDim, 1, kDim <= 128 ? 4 : 2, true>>(d, seed);
+  else if (kernel == 0) run_all<Shape<T, kDim, 1, kDim <= 128 ? 4 : 2>>(d, seed);
   else if (kernel == 2 && kRowBytes <= 256 && sizeof(T) == 2) run_all<Shape<T, kDim, 4, 1>>(d, seed);
   else run_all<Shape<T, kDim, (kRowBytes > 512 ? 2 : 4), (kRowBytes <= 256 ? 2 : 1)>>(d, seed);
 }

@@ -1,5 +1,7 @@
 // csrc/cuda/decode/ptx.h for the host. The blocks of a cluster lie one behind the other in shared_memory.
 #pragma once
+#include <map>
+
 #include "../sm80/ptx.h"
 
 namespace sparse_attention::decoding {
@@ -46,6 +48,22 @@ inline void multiply_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, ui
 inline void cluster_sync() { host::meet(host::block.all, host::block.fibers.size(), [] {}); }
 
 inline void cluster_part() { cluster_sync(); }
+
+inline uint64_t once_policy() { return 0; }
+inline uint64_t usual_policy() { return 0; }
+inline void copy_16_under(uint32_t to, const void* from, bool real, uint64_t) { sm80::copy_16(to, from, real); }
+
+inline std::map<int, int> arrivals;  // of each thread: the epoch that it waits for the end of
+inline void cluster_arrive() {
+  host::Meeting& at = host::block.all;
+  ++host::block.meetings;
+  arrivals[host::current] = at.epoch;
+  if (++at.arrived == int(host::block.fibers.size())) at.arrived = 0, ++at.epoch;
+}
+inline void cluster_arrive_relaxed() { cluster_arrive(); }
+inline void cluster_wait() {
+  while (host::block.all.epoch == arrivals[host::current]) host::leave_to_others();
+}
 
 template <class T>
 const T* of_block(const T* mine, int rank) {

@@ -38,11 +38,12 @@ void decode_all(const Decode& d, int seed) {
   const int tiles = (d.group * d.q_len + S::kQueries - 1) / S::kQueries, box = std::min(S::kKeys, d.block_table ? d.page : S::kKeys);
   const CacheMaps maps{map_of(d.k, d.head_dim, d.kv_heads, d.pages, d.page, 1, false, box),
                        map_of(d.v, d.head_dim, d.kv_heads, d.pages, d.page, 1, false, box), rows_of(d.q, d, S::kQueries), rows_of(d.out, d, 16), 16 % d.group == 0};
-  for (uint32_t split = 0; split < uint32_t(d.splits); split += d.cluster)
-    for (uint32_t y = 0; y < uint32_t(d.kv_heads * tiles); ++y)
+  const int blocks = d.cluster * S::kMates;
+  for (uint32_t x = 0; x < uint32_t(d.splits * S::kMates); x += blocks)
+    for (uint32_t y = 0; y < uint32_t(d.kv_heads * tiles / S::kMates); ++y)
       for (uint32_t batch = 0; batch < uint32_t(d.batch); ++batch) {
-        blockIdx = {split, y, batch};
-        run_block<Shared<S>>(S::kThreads, seed++, [&](Shared<S>& shared) { run_block<S, __nv_bfloat16>(d, maps, shared); }, d.cluster);
+        blockIdx = {x, y, batch};
+        run_block<Shared<S>>(S::kThreads, seed++, [&](Shared<S>& shared) { run_block<S, __nv_bfloat16>(d, maps, shared); }, blocks);
       }
   if (d.splits > d.cluster) join_all<__nv_bfloat16>(d, seed);
 }
@@ -91,7 +92,8 @@ extern "C" __attribute__((visibility("default"))) int decode(void** pointers, co
   return guarded([&] {
     using Small = CacheShape<64, 128, 64, 3, 80>;
     using Long = CacheShape<128, 128, 128, 3, 320>;
-    if (rows == 64 && d.head_dim <= 64) decode_all<CacheShape<64, 64, 64, 5, 1088>>(d, seed);
+    if (rows == 256) decode_all<CacheShape<128, 128, 128, 3, 320, 2>>(d, seed);
+    else if (rows == 64 && d.head_dim <= 64) decode_all<CacheShape<64, 64, 64, 5, 1088>>(d, seed);
     else if (rows == 64) has_room<Small>(d) ? decode_all<Small>(d, seed) : decode_all<CacheShape<64, 128, 64, 4, 1088>>(d, seed);
     else if (d.head_dim <= 64) decode_all<CacheShape<128, 64, 128, 4, 2176>>(d, seed);
     else has_room<Long>(d) ? decode_all<Long>(d, seed) : decode_all<CacheShape<128, 128, 128, 2, 2176>>(d, seed);

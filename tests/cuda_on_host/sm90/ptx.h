@@ -3,7 +3,7 @@
 #pragma once
 #include <map>
 
-#include "../sm80/ptx.h"
+#include "../decode/ptx.h"
 
 struct CUtensorMap {
   uint8_t* data;
@@ -50,6 +50,7 @@ inline void barrier_arrive(uint64_t* barrier) {
   if (--b.pending < 0) throw std::logic_error("a barrier has more arrivals than it was made for");
   settle(b);
 }
+inline void barrier_arrive_at(uint64_t* barrier, uint32_t rank) { barrier_arrive(const_cast<uint64_t*>(decoding::of_block(barrier, rank))); }
 inline void barrier_wait(uint64_t* barrier, uint32_t phase) {
   Barrier& b = engine.barriers.at(barrier);
   while ((b.completed & 1) == static_cast<int>(phase)) {
@@ -120,6 +121,16 @@ inline void tensor_load(void* to, const CUtensorMap* map, uint64_t* barrier, int
     b.bytes -= copied.rows * 128;
     settle(b);
   });
+}
+
+inline void tensor_load(void* to, const CUtensorMap* map, uint64_t* barrier, int column, int residue, int step, int head, int batch, uint64_t) {
+  tensor_load(to, map, barrier, column, residue, step, head, batch);
+}
+inline void tensor_load_all(
+    void* to, const CUtensorMap* map, uint64_t* barrier, int column, int residue, int step, int head, int batch, uint64_t, int blocks) {
+  for (int rank = 0; rank < blocks; ++rank)
+    tensor_load(const_cast<uint8_t*>(decoding::of_block(static_cast<const uint8_t*>(to), rank)), map,
+                const_cast<uint64_t*>(decoding::of_block(barrier, rank)), column, residue, step, head, batch);
 }
 
 inline void tensor_store(const CUtensorMap* map, const void* from, int column, int residue, int step, int head, int batch) {
