@@ -106,7 +106,7 @@ class Flush:
     def __init__(self, cuda):
         self.cuda = cuda
 
-    def zero_(self):
+    def __call__(self):
         def run():
             self.cuda.now += 40e-6
             self.cuda.flushed = True

@@ -8,6 +8,7 @@ import torch
 
 from sparse_attention.breakeven import Workload, checking, sampling, suspicion
 from sparse_attention.breakeven.clock import make
+from sparse_attention.breakeven.cold import ColdCache
 from sparse_attention.breakeven.memory import peak_bytes
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -200,3 +201,29 @@ def test_peak_memory_is_of_the_call():
 
     call()
     assert 128 * MB <= peak_bytes(call) < 132 * MB
+
+
+def test_the_cache_is_made_cold_by_reading():
+    cold = ColdCache(torch.cuda.get_device_properties(torch.cuda.current_device()))
+    assert not cold.refused and not cold._memory.any()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        cold()
+    x = torch.ones(4 * MB, device="cuda")
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def taken(before):
+        found = []
+        for _ in range(9):
+            x.sum()
+            before()
+            start.record()
+            x.sum()
+            stop.record()
+            torch.cuda.synchronize()
+            found.append(start.elapsed_time(stop))
+        return statistics.median(found)
+
+    warm, called, replayed = taken(lambda: None), taken(cold), taken(graph.replay)
+    print(f"16 MB are read in {1e3 * warm:.1f} us, cold in {1e3 * called:.1f} and {1e3 * replayed:.1f}")
+    assert min(called, replayed) > 1.3 * warm and not cold._memory.any()

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .clock import Clock
+from .cold import ColdCache
 from .cycles import Cycles
 from .nvml import Absent, Nvml, Reading
 from .peaks import Peak, gpu_peak
@@ -23,7 +24,7 @@ REST, MOST_REST_S = 4.0, 0.02  # after a half under a power cap: so many times a
 
 
 class CudaClock(Clock):
-    """The L2 cache is overwritten before each call and outside its events, as often as keeps the stream busy until the call's
+    """The L2 cache is made cold before each call and outside its events, as often as keeps the stream busy until the call's
     launch is queued; a call that the device came to before that is timed again behind more of it. Calls of less than
     `graph_below_s` are captured, each with its own flush and events as nodes of the graph, and what they take when launched one by
     one, after a single flush, is kept beside.
@@ -36,8 +37,8 @@ class CudaClock(Clock):
     graph_below_s = 50e-6
 
     def __init__(self, cuda: Any = None, flush: Any = None, nvml: Nvml | str | None = None, cycles: Cycles | str | None = None):
-        """Without arguments, of torch's current device; otherwise what stands in for `torch.cuda`, the memory that is
-        overwritten, NVML and the cycle counters, or why there are none.
+        """Without arguments, of torch's current device; otherwise what stands in for `torch.cuda`, for what makes the
+        cache cold, NVML and the cycle counters, or why there are none.
         """
         if cuda is None:
             import torch
@@ -45,7 +46,7 @@ class CudaClock(Clock):
             cuda = torch.cuda
         self._cuda = cuda
         self._properties = cuda.get_device_properties(cuda.current_device())
-        self._flush = _memory(2 * self._properties.L2_cache_size) if flush is None else flush
+        self._flush = ColdCache(self._properties) if flush is None else flush
         self._nvml = _nvml(self._properties) if nvml is None else nvml
         self._cycles = _cycles(self._properties) if cycles is None else cycles
         self._average: float | None = None  # megahertz in the last half
@@ -56,7 +57,7 @@ class CudaClock(Clock):
         self._figures: dict[int, dict[str, float]] = {}
         self._graphs: dict[tuple[int, int], tuple[Any, Events]] = {}
         self._in_graphs: set[int] = set()
-        self._flush_s: float | None = None  # what overwriting the cache takes
+        self._flush_s: float | None = None  # what that takes
         self._reading: Reading | None = None
         self._seen: list[Reading] = []
         self._refused: dict[str, int] = collections.Counter()
@@ -137,6 +138,8 @@ class CudaClock(Clock):
     def as_dict(self) -> dict[str, Any]:
         about: dict[str, Any] = {"not captured": dict(self._refused)} if self._refused else {}
         about |= {"cycles": f"absent: {self._cycles}"} if isinstance(self._cycles, str) else {}
+        refused = getattr(self._flush, "refused", "")
+        about |= {"cache": f"overwritten, not read: {refused}"} if refused else {}
         about |= {"late calls": dict(zip(("timed again", "kept"), self._late))} if any(self._late) else {}
         if isinstance(self._nvml, str):
             return {"nvml": f"absent: {self._nvml}", **about}
@@ -176,9 +179,9 @@ class CudaClock(Clock):
     def _flushes_for(self, launch_s: float) -> int:
         if self._flush_s is None:
             ((start, stop),) = self._events(1)
-            self._flush.zero_()
+            self._flush()
             start.record()
-            self._flush.zero_()
+            self._flush()
             stop.record()
             self.settle()
             self._flush_s = start.elapsed_time(stop) * 1e-3
@@ -202,7 +205,7 @@ class CudaClock(Clock):
         late = 0
         for start, stop in events:
             for _ in range(flushes):
-                self._flush.zero_()
+                self._flush()
             self._mark(0, events)
             start.record()
             call()
@@ -257,7 +260,7 @@ class CudaClock(Clock):
         return start.elapsed_time(stop) * 1e-3 / WARM_CALLS
 
     def _counts(self, events: Events) -> bool:
-        """Of one call alone: between several the cache is overwritten, at another clock."""
+        """Of one call alone: between several the cache is made cold, at another clock."""
         return len(events) == 1 and not isinstance(self._cycles, str)
 
     def _mark(self, row: int, events: Events) -> None:
@@ -282,12 +285,6 @@ class CudaGraphClock(CudaClock):
     """Captures every call that can be."""
 
     graph_below_s = float("inf")
-
-
-def _memory(size: int) -> Any:
-    import torch
-
-    return torch.empty(size, dtype=torch.uint8, device="cuda")
 
 
 def _cycles(properties: Any) -> Cycles | str:

@@ -1,15 +1,14 @@
 """The clock that a GPU's multiprocessors really ran at: their cycle counters and the device's timer, read in a stream before and
-after a call. By ctypes: nothing to install, nothing to compile.
+after a call.
 
 NVML cannot tell it: on an H100 its reading changes about every 100 ms and is of the past (docs/benchmarking.md).
 """
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
-from .nvml import Absent
+from .driver_kernel import DriverKernel, driver
 
 _SLOTS = 1024  # multiprocessors that may be told apart; %smid need not be below their number
 _PTX = f"""
@@ -43,18 +42,13 @@ class Cycles:
     """
 
     def __init__(self, blocks: int, library: Any = None, memory: Any = None):
-        self._blocks, self._library = blocks, library or _load()
+        self._blocks, library = blocks, library or driver()
         self._memory = _memory() if memory is None else memory  # made first: it makes the context too
-        module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
-        self._ask("cuModuleLoadData", ctypes.byref(module), ctypes.c_char_p(_PTX.encode()))
-        self._ask("cuModuleGetFunction", ctypes.byref(self._function), module, ctypes.c_char_p(b"mark"))
+        self._kernel = DriverKernel(_PTX, "mark", library)
 
     def mark(self, row: int, stream: int) -> None:
         """Queue the reading of every multiprocessor's counter: row 0 before a call, 1 after it."""
-        address = ctypes.c_uint64(self._memory[row].data_ptr())
-        arguments = (ctypes.c_void_p * 1)(ctypes.addressof(address))
-        shape = [ctypes.c_uint(n) for n in (self._blocks, 1, 1, 1, 1, 1, 0)]
-        self._ask("cuLaunchKernel", self._function, *shape, ctypes.c_void_p(stream), arguments, None)
+        self._kernel.launch(stream, self._blocks, 1, self._memory[row].data_ptr())
 
     def megahertz(self) -> float | None:
         """Mean between the two marks, the median over multiprocessors; None without them. Waits for the device."""
@@ -64,19 +58,8 @@ class Cycles:
         self._memory.zero_()  # a multiprocessor that one of the next marks does not meet is not seen
         return float((1e3 * cycles / ns).median()) if len(ns) else None
 
-    def _ask(self, function: str, *arguments: Any) -> None:
-        if code := getattr(self._library, function)(*arguments):
-            raise Absent(f"the driver's {function} returned {code}")
-
 
 def _memory() -> Any:
     import torch
 
     return torch.zeros(2, _SLOTS, 2, dtype=torch.int64, device="cuda")
-
-
-def _load() -> Any:
-    try:
-        return ctypes.CDLL("libcuda.so.1")
-    except OSError as error:
-        raise Absent(str(error)) from error
