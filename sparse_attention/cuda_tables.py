@@ -16,6 +16,7 @@ SECTION = 4  # heads whose keys and values should stay in the L2 cache together
 LONG = 4  # rows so many times as long as the mean go first, whatever their head: they may last as long as all others together
 BETWEEN = 1.5  # what a query tile costs beside its key tiles, in key tiles
 DEAD, FULL = 1 << 29, (1 << 29) - 1  # marks of a run: see kDead and kFull
+SAME = 1 << 30  # beside an item's number in an order: see kSame
 ALONE, FIRST, MIDDLE, LAST = range(4)  # see enum Merge
 
 
