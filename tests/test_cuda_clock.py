@@ -227,4 +227,4 @@ def test_the_cache_is_made_cold_by_reading():
 
     warm, called, replayed = taken(lambda: None), taken(cold), taken(graph.replay)
     print(f"16 MB are read in {1e3 * warm:.1f} us, cold in {1e3 * called:.1f} and {1e3 * replayed:.1f}")
-    assert min(called, replayed) > 1.3 * warm and not cold._memory.any()
+    assert min(called, replayed) > 1.1 * warm and not cold._memory.any()
