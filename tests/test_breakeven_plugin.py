@@ -42,6 +42,7 @@ def session(pytester, monkeypatch):
     """Run pytest in a process of its own over one test file; returns its result."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # where these tests run side by side pytest-benchmark would time nothing
 
     def run(source, *options, benchmark=True):
         pytester.makepyfile(test_it=source)
@@ -297,17 +298,7 @@ def test_a_fresh_process_with_another_option_is_wrong(session, pytester):
     found.stdout.fnmatch_lines(["*wrong*: a fresh process has other options: drawn is * in this session and * there"])
 
 
-XDIST = """
-def pytest_addoption(parser):
-    parser.getgroup("xdist")._addoption("-n", dest="numprocesses", type=int, default=0)
-def pytest_configure(config):
-    if config.option.numprocesses:
-        config.workerinput = {}
-"""
-
-
 def test_addopts_start_no_xdist_in_fresh_processes(session, pytester):
-    pytester.makepyfile(xdist=XDIST)
     pytester.makeini("[pytest]\naddopts = -n4 -p xdist -m never\nmarkers = never: in addopts")
     assert session(PAIR.format(slow=3e-3, fault="", floor=1.0), "-n0", "-m", "", benchmark=False).ret == 0
 
