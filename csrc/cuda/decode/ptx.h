@@ -42,19 +42,6 @@ __device__ __forceinline__ void copy_16_under(uint32_t to, const void* from, boo
 
 // ---- clusters and dependent launches
 
-__device__ __forceinline__ void cluster_sync() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
-}
-
-// The same, where nothing was written that others read.
-__device__ __forceinline__ void cluster_part() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-#endif
-}
-
 // The two halves of a meeting of the cluster. Relaxed: where nothing was written that others read, or what was has had its fence.
 __device__ __forceinline__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
@@ -71,6 +58,11 @@ __device__ __forceinline__ void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
 }
+
+__device__ __forceinline__ void cluster_sync() { cluster_arrive(), cluster_wait(); }
+
+// The same, where nothing was written that others read.
+__device__ __forceinline__ void cluster_part() { cluster_arrive_relaxed(), cluster_wait(); }
 
 // The same variable of another block of the cluster.
 template <class T>
