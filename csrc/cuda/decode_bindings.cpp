@@ -110,7 +110,7 @@ std::tuple<Tensor, Tensor> decode_forward(const Tensor& q_in, const Tensor& k, c
                     " tiles of queries for each request; expected at most ", kMostBlocks, " on CUDA");
   split_keys(d, kernel, q.element_size(), device);
   if (splits_wanted > 0) {
-    d.cluster = device.clusters && splits_wanted <= (by_warpgroups(kernel) ? kPortableCluster : kMostCluster) ? splits_wanted : 1;
+    d.cluster = device.clusters && splits_wanted <= most_cluster(kernel) ? splits_wanted : 1;
     d.splits = splits_wanted;
   }
   const int64_t rows = d.splits > d.cluster ? int64_t{d.splits} * q.numel() / d.head_dim : 0;

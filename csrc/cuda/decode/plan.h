@@ -43,6 +43,11 @@ inline int64_t visited_keys(const Decode& d) {
 
 constexpr int kPortableCluster = 8;  // blocks, on any device that has clusters
 
+// How many blocks of a kernel may merge their splits in shared memory.
+inline int most_cluster(DecodeKernel kernel) {
+  return kernel == DecodeKernel::kWarpgroups ? 1 : kernel == DecodeKernel::kWarpgroup ? kPortableCluster : kMostCluster;
+}
+
 // How many splits of `blocks` blocks of one warpgroup are at work at once: two on a multiprocessor, less an eighth, which clusters of eight
 // cannot use.
 inline int64_t warpgroup_splits(const DecodeDevice& device, int64_t blocks) { return int64_t{device.processors} * 7 / 4 / blocks; }

@@ -5,9 +5,9 @@
 namespace sparse_attention::sm90 {
 
 struct CacheMaps {
-  CUtensorMap k, v;    // (column, 0, row of a page, head, page); without pages a request is one page
-  CUtensorMap q, out;  // (column, head of the group, query, KV head, request), in boxes of a block's rows and of 16,
-  int32_t boxed;       // where 16 rows are whole queries
+  CUtensorMap tiles[2];  // keys, values: (column, 0, row of a page, head, page); without pages a request is one page
+  CUtensorMap q, out;    // (column, head of the group, query, KV head, request), in boxes of a block's rows and of 16,
+  int32_t boxed;         // where 16 rows are whole queries
 };
 
 // Which tiles a block visits: every `splits`-th, so that its first ones do not depend on the length; and what is to be hidden of them.
@@ -61,54 +61,58 @@ struct Visits {
   }
 };
 
-// One thread copies keys or values of a tile in. together: its mates copy theirs, and each gets all of it
+// One thread copies keys or values of a tile in, or what one page holds of them: of mates each copies some columns, for all.
 template <class S>
-__device__ __forceinline__ void copy_tile(const Place<S>& place, const CUtensorMap* map, uint8_t* to, uint64_t* barrier, int tile, bool together, int length = 0) {
+__device__ __forceinline__ void copy_rows(const Place<S>& place, const CUtensorMap* map, uint8_t* to, uint64_t* barrier, int row, int page) {
+  const bool once = S::kQueries > 64 && reads_once(place.d, S::kMates * S::kQueries);  // a short cache is not read quicker under a policy
+#pragma unroll
+  for (int b = 0; b < S::kBlocks; ++b) {
+    uint8_t* const box = to + b * S::kKeyBlock;
+    if (S::kMates > 1) {
+      if (b % S::kMates == place.mate)
+        tensor_load_all(box, map, barrier, 64 * b, 0, row, place.kv_head, page,
+                        once ? decoding::once_policy() : decoding::usual_policy(), S::kMates);
+    } else if (once) {
+      tensor_load(box, map, barrier, 64 * b, 0, row, place.kv_head, page, decoding::once_policy());
+    } else {
+      tensor_load(box, map, barrier, 64 * b, 0, row, place.kv_head, page);
+    }
+  }
+}
+
+template <class S>
+__device__ __forceinline__ void copy_tile(const Place<S>& place, const CUtensorMap* map, uint8_t* to, uint64_t* barrier, int tile, int length) {
   const Decode& d = place.d;
   const int rows = d.block_table ? min(S::kKeys, d.page) : S::kKeys;
-  const bool once = S::kQueries > 64 && reads_once(d, S::kMates * S::kQueries);  // a short cache is not read quicker under a policy
   barrier_expect(barrier, S::kBlocks * S::kKeyBlock);
+#pragma unroll 1
   for (int row = 0; row < S::kKeys; row += rows) {
     int page = place.batch, at = tile * S::kKeys + row;
     if (d.block_table) {
       page = d.block_table[int64_t{place.batch} * d.table_width + max(0, min(at, length - 1)) / d.page];
       page = min(max(page, 0), d.pages - 1), at %= d.page;
     }
-#pragma unroll
-    for (int b = 0; b < S::kBlocks; ++b) {
-      uint8_t* const box = to + b * S::kKeyBlock + row * 128;
-      if (S::kMates > 1 && together) {
-        if (b % S::kMates == place.mate) tensor_load_all(box, map, barrier, 64 * b, 0, at, place.kv_head, page, once ? decoding::once_policy() : decoding::usual_policy(), S::kMates);
-      } else if (once) {
-        tensor_load(box, map, barrier, 64 * b, 0, at, place.kv_head, page, decoding::once_policy());
-      } else {
-        tensor_load(box, map, barrier, 64 * b, 0, at, place.kv_head, page);
-      }
-    }
+    copy_rows(place, map, to + row * 128, barrier, at, page);
   }
 }
 
-// The queries, and the first tile where it is known: all of it, since it is not known yet whether mates are ready.
+// Where whole queries are boxes.
 template <class S>
-__device__ __forceinline__ void copy_first(const Place<S>& place, const CacheMaps& maps, Shared<S>& shared) {
-  if (maps.boxed) {
-    barrier_expect(&shared.q_full, S::kBlocks * S::kQueryBlock);
+__device__ __forceinline__ void copy_queries(const Place<S>& place, const CacheMaps& maps, Shared<S>& shared) {
+  if (!maps.boxed) return;
+  barrier_expect(&shared.q_full, S::kBlocks * S::kQueryBlock);
 #pragma unroll
-    for (int b = 0; b < S::kBlocks; ++b)
-      tensor_load(shared.q + b * S::kQueryBlock, &maps.q, &shared.q_full, 64 * b, 0, place.first_query(), place.kv_head, place.batch);
-  }
-  if (!place.plain()) return;
-  copy_tile(place, &maps.k, shared.k[0], &shared.k_full[0], place.split, false);
-  copy_tile(place, &maps.v, shared.v[0], &shared.v_full[0], place.split, false);
+  for (int b = 0; b < S::kBlocks; ++b)
+    tensor_load(shared.q + b * S::kQueryBlock, &maps.q, &shared.q_full, 64 * b, 0, place.first_query, place.kv_head, place.batch);
 }
 
-// One thread copies this block's key tiles in, and says of each what is to be hidden. The first may be on its way. The call's last tile, which
-// has few keys and costs the time of many, comes as soon as all stages were filled once: then memory is what is waited for.
+// One thread copies this block's key tiles in, and says of each what is to be hidden. The call's last tile, which has few keys and costs the
+// time of many, comes as soon as all stages were filled once: then memory is what is waited for.
 template <class S>
 __device__ __forceinline__ void copy_cache(const Place<S>& place, const CacheMaps& maps, Shared<S>& shared, int length) {
   Ring<S::kStages> ring;
   Visits<S> visits(place, length);
-  bool there = visits.plain, words = !place.d.ancestors;
+  bool words = !place.d.ancestors;
   shared.holes = false;
   const auto wait_words = [&] {  // which of the new keys somebody sees
     barrier_wait(&shared.words_full, 0);
@@ -117,25 +121,23 @@ __device__ __forceinline__ void copy_cache(const Place<S>& place, const CacheMap
     shared.holes = visits.holes, words = true;
     if (S::kMates == 1) visits.span.used = used;  // mates visit the same tiles
   };
-  if (!words && !there) wait_words();
+  if (!words && !visits.plain) wait_words();
   int end = visits.last, regular = 0;  // regular: the next one in order
-  for (int visit = visits.first(), following, n = 0; visit >= 0; visit = following, ring.next(), there = false, ++n) {
+  for (int visit = visits.first(), following, n = 0; visit >= 0; visit = following, ring.next(), ++n) {
     const int stage = ring.stage;
-    if (!there) {
-      barrier_wait(&shared.k_empty[stage], ring.phase ^ 1);
-      copy_tile(place, &maps.k, shared.k[stage], &shared.k_full[stage], visits.span.tile(visit), true, visits.span.length);
-    }
-    if (n != S::kStages || end == visits.last) regular = visit + place.d.splits;
-    const int found = n + 1 == S::kStages ? visits.last_of_all(regular) : -1;
-    if (!words && visits.is_new(min(max(found, regular), visits.last - 1))) wait_words();
-    following = visits.next(regular);
-    if (found >= 0) following = end = found;
-    else if (following >= end) following = -1;
-    shared.mask[stage] = visits.mark(visit) | (following < 0 ? kLast : 0);
-    barrier_arrive(&shared.k_full[stage]);
-    if (!there) {
-      barrier_wait(&shared.v_empty[stage], ring.phase ^ 1);
-      copy_tile(place, &maps.v, shared.v[stage], &shared.v_full[stage], visits.span.tile(visit), true, visits.span.length);
+#pragma unroll 1
+    for (int part = 0; part < 2; ++part) {  // keys, values
+      barrier_wait(&shared.empty[part][stage], ring.phase ^ 1);
+      copy_tile(place, &maps.tiles[part], shared.tiles[part][stage], &shared.full[part][stage], visits.span.tile(visit), visits.span.length);
+      if (part) break;
+      if (n != S::kStages || end == visits.last) regular = visit + place.d.splits;
+      const int found = n + 1 == S::kStages ? visits.last_of_all(regular) : -1;
+      if (!words && visits.is_new(min(max(found, regular), visits.last - 1))) wait_words();
+      following = visits.next(regular);
+      if (found >= 0) following = end = found;
+      else if (following >= end) following = -1;
+      shared.mask[stage] = visits.mark(visit) | (following < 0 ? kLast : 0);
+      barrier_arrive(&shared.full[0][stage]);
     }
   }
 }

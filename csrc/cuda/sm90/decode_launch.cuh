@@ -28,11 +28,12 @@ template <class S, typename T>
 cudaError_t launch_decode(const Decode& d, cudaStream_t stream) {
   static std::atomic<uint64_t> allowed{0};
   static_assert(sizeof(Shared<S>) <= kBlockBytes);
+  if (!S::kMerges && d.cluster > 1) return cudaErrorInvalidValue;
   const auto type = IsHalf<T>::value ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   const Sequences cache{type, d.head_dim, d.kv_heads, d.pages, d.page, 1};
   const int box = std::min(S::kKeys, d.block_table ? d.page : S::kKeys);
   CacheMaps maps{};
-  if (!encoder() || !encode(&maps.k, d.k, cache, false, box) || !encode(&maps.v, d.v, cache, false, box)) return cudaErrorInvalidValue;
+  if (!encoder() || !encode(&maps.tiles[0], d.k, cache, false, box) || !encode(&maps.tiles[1], d.v, cache, false, box)) return cudaErrorInvalidValue;
   maps.boxed = 16 % d.group == 0;
   if (maps.boxed && (!encode_rows(&maps.q, d.q, d, type, S::kQueries) || !encode_rows(&maps.out, d.out, d, type, 16))) return cudaErrorInvalidValue;
   const auto kernel = decode<S, T>;

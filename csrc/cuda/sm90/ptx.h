@@ -145,6 +145,14 @@ __device__ __forceinline__ uint64_t descriptor(uint32_t address, uint32_t leadin
   return (uint64_t{(address & 0x3FFFF) >> 4}) | (uint64_t{leading >> 4} << 16) | (uint64_t{1024 >> 4} << 32) | (uint64_t{1} << 62);
 }
 
+// Of what lies `bytes`, a multiple of 16, behind in shared memory.
+__device__ __forceinline__ uint64_t behind(uint64_t descriptor, int bytes) {
+  return descriptor >> 32 << 32 | (static_cast<uint32_t>(descriptor) + bytes / 16);
+}
+
+// Tells the compiler that all threads of a warp have the same.
+__device__ __forceinline__ uint32_t uniform(uint32_t x) { return __shfl_sync(~0u, x, 0); }
+
 // Keeps the compiler from moving reads and writes of accumulators across a product that runs.
 template <int kCount>
 __device__ __forceinline__ void pin(float (&x)[kCount]) {
@@ -233,6 +241,33 @@ __device__ __forceinline__ void product_registers(float (&c)[64], const uint32_t
                "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;\n"                                                         \
                : SA_R32(c, 0), SA_R32(c, 32)                                                                         \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+  if constexpr (IsHalf<T>::value) SA_PRODUCT("f16");
+  else SA_PRODUCT("bf16");
+#undef SA_PRODUCT
+}
+
+// The same, or, without `add`, c = a b.
+template <typename T>
+__device__ __forceinline__ void product_registers(float (&c)[32], const uint32_t (&a)[4], uint64_t b, int add) {
+#define SA_PRODUCT(type)                                                                                             \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"                                                          \
+               "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {" SA_LIST32                            \
+               "}, {%32, %33, %34, %35}, %36, p, 1, 1, 1;\n}\n"                                                      \
+               : SA_R32(c, 0)                                                                                        \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add))
+  if constexpr (IsHalf<T>::value) SA_PRODUCT("f16");
+  else SA_PRODUCT("bf16");
+#undef SA_PRODUCT
+}
+
+template <typename T>
+__device__ __forceinline__ void product_registers(float (&c)[64], const uint32_t (&a)[4], uint64_t b, int add) {
+#define SA_PRODUCT(type)                                                                                             \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"                                                          \
+               "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " {" SA_LIST64                           \
+               "}, {%64, %65, %66, %67}, %68, p, 1, 1, 1;\n}\n"                                                      \
+               : SA_R32(c, 0), SA_R32(c, 32)                                                                         \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add))
   if constexpr (IsHalf<T>::value) SA_PRODUCT("f16");
   else SA_PRODUCT("bf16");
 #undef SA_PRODUCT

@@ -173,6 +173,13 @@ inline void store_matrices(uint32_t address, uint32_t a, uint32_t b, uint32_t c,
 }
 
 inline uint64_t descriptor(uint32_t address, uint32_t leading) { return address | uint64_t{leading} << 32; }
+inline uint64_t behind(uint64_t descriptor, int bytes) { return descriptor + bytes; }
+inline uint32_t uniform(uint32_t x) {
+  host::together(x, [](uint32_t** all) {
+    for (int lane = 1; lane < 32; ++lane) *all[lane] = *all[0];
+  });
+  return x;
+}
 
 template <typename T>
 struct IsHalf {
@@ -224,8 +231,8 @@ void product_shared(float (&c)[kCount], uint64_t a, uint64_t b, int add) {
 }
 
 template <typename T, int kCount>
-void product_registers(float (&c)[kCount], const uint32_t (&a)[4], uint64_t b) {
-  Product mine{c, a, 0, b, true};
+void product_registers(float (&c)[kCount], const uint32_t (&a)[4], uint64_t b, int add = 1) {
+  Product mine{c, a, 0, b, add != 0};
   multiply<2 * kCount>(mine, [](uint64_t right, int column, int k) {
     const uint32_t leading = right >> 32;
     return shared_element(static_cast<uint32_t>(right) + column / 64 * leading + k / 8 * 1024 + k % 8 * 128 + 2 * (column % 64));
