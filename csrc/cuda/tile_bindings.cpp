@@ -2,12 +2,14 @@
 #include "tile_bindings.h"
 
 #include <ATen/cuda/CUDAContext.h>
+#include <ATen/cuda/EmptyTensor.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 
 #include <tuple>
 
 #include "bindings.h"
+#include "scratch.h"
 
 namespace sparse_attention::bindings {
 namespace {
@@ -38,6 +40,15 @@ Tensor copyable(const Tensor& x) {
 Strided strided(const Tensor& x) {
   const auto stride = [&](int d) { return x.size(d) == 1 ? int64_t{8} : x.stride(d); };
   return {x.data_ptr(), stride(0), stride(1), stride(2)};
+}
+
+// Like q; without the dispatcher, which costs a microsecond.
+Tensor output_like(const Tensor& q) {
+  if (q.is_non_overlapping_and_dense()) {
+    const Tensor out(at::detail::empty_strided_cuda(q.sizes(), q.strides(), q.scalar_type(), q.device()));
+    if (copyable(out).is_same(out)) return out;
+  }
+  return Tensor(at::detail::empty_cuda(q.sizes(), q.scalar_type(), q.device(), at::MemoryFormat::Contiguous));
 }
 
 void check_shapes(const Tensor& q, const Tensor& k, const Tensor& v, const Layout& of) {
@@ -98,34 +109,33 @@ std::tuple<Tensor, Tensor> tile_forward(const Tensor& q_in, const Tensor& k_in, 
   TORCH_CHECK(scale > 0, "scale is ", scale, ", expected a positive number");
   const c10::cuda::CUDAGuard guard(q_in.device());
   const Tensor q = copyable(q_in), k = copyable(k_in), v = copyable(v_in);
-  Tensor out = at::empty_like(q);
-  if (!copyable(out).is_same(out)) out = at::empty(q.sizes(), q.options());
-  with_lse |= layout.merges || layout.tier != 90;
+  const Tensor out = output_like(q);
   const Tensor lse = with_lse ? at::empty({q.size(0), q.size(1), q.size(2)}, q.options().dtype(at::kFloat)) : Tensor();
-  const Tensor partial = layout.merges ? at::empty(q.sizes(), q.options().dtype(at::kFloat)) : Tensor();
   const auto stream = at::cuda::getCurrentCUDAStream();
-  Tensor tickets, cuts;  // what was taken, and the parts that are done; the parts' outputs and log-sum-exps
   int64_t slots = filter && q.size(3) <= 128 ? filter->slots * q.size(0) : 0;
   if (slots > kMostSlots) slots = 0;  // then items are taken whole
-  if (filter) {
-    tickets = at::empty({1 + 2 * slots}, q.options().dtype(at::kInt));
-    C10_CUDA_CHECK(cudaMemsetAsync(tickets.data_ptr(), 0, tickets.nbytes(), stream));
-  }
-  if (slots) cuts = at::empty({slots * kTileQueries * (q.size(3) + 1)}, q.options().dtype(at::kFloat));
+  const int64_t rows = q.numel() / q.size(3), cut_rows = slots * kTileQueries, n_tickets = 1 + 2 * slots;
+  Scratch scratch;
+  const auto partial = layout.merges ? scratch.want(q.numel()) : Scratch::kNone;
+  const auto own_lse = !with_lse && (layout.merges || layout.tier != 90) ? scratch.want(rows) : Scratch::kNone;
+  const auto tickets = filter ? scratch.want(n_tickets) : Scratch::kNone;  // what was taken, and the parts that are done
+  const auto cuts = slots ? scratch.want(cut_rows * (q.size(3) + 1)) : Scratch::kNone;  // the parts' outputs and log-sum-exps
+  scratch.make();
+  if (filter) C10_CUDA_CHECK(cudaMemsetAsync(scratch.of<int32_t>(tickets), 0, 4 * n_tickets, stream));
   const Kernel run = kernel(layout.tier, q.scalar_type());
   for (const Part& part : layout.parts) {
     Forward f{strided(q), strided(k), strided(v), strided(out)};
-    f.partial = partial.defined() ? partial.data_ptr<float>() : nullptr;
-    f.lse = with_lse ? lse.data_ptr<float>() : nullptr;
+    f.partial = scratch.of<float>(partial);
+    f.lse = with_lse ? lse.data_ptr<float>() : scratch.of<float>(own_lse);
     f.kept = part.kept.get();
     f.tables = part.tables(q.size(0));
     TORCH_CHECK_VALUE(int64_t{f.tables.batch} * f.tables.n_work < int64_t{1} << 29, "q has ", f.tables.batch, " times ", f.tables.n_work,
                       " tiles of ", kTileQueries, " queries, expected less than ", int64_t{1} << 29, " in all");
-    if (filter) filter->apply(f.tables, part), f.tables.ticket = tickets.data_ptr<int32_t>();
+    if (filter) filter->apply(f.tables, part), f.tables.ticket = scratch.of<int32_t>(tickets);
     f.tables.cuts = slots > 0;
     if (slots) {
-      float* const outs = cuts.data_ptr<float>();
-      f.cuts = {outs, outs + slots * kTileQueries * q.size(3), reinterpret_cast<uint32_t*>(tickets.data_ptr<int32_t>()) + 1, int32_t(filter->slots)};
+      float* const outs = scratch.of<float>(cuts);
+      f.cuts = {outs, outs + cut_rows * q.size(3), scratch.of<uint32_t>(tickets) + 1, int32_t(filter->slots)};
     }
     f.batch = q.size(0), f.heads = q.size(1), f.kv_heads = k.size(1);
     f.q_len = layout.q_len, f.kv_len = layout.kv_len, f.head_dim = q.size(3);

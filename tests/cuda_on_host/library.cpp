@@ -36,7 +36,7 @@ extern "C" __attribute__((visibility("default"))) int run(void** pointers, const
   int32_t ticket = 0;
   t.used = used.data(), t.ticket = &ticket;
   t.bit_heads = sizes[9], t.bit_rows = sizes[10], t.bit_words = sizes[11], t.bit_masks = sizes[12];
-  p.scale_log2 = scale * 1.4426950408889634f, p.slack = 8 / p.scale_log2;
+  p.scale_log2 = scale * 1.4426950408889634f;
   host::block.barriers = barriers;
   try {
     if (p.head_dim <= 64) run_all<Shape<64, 64, 2, 3>>(p, blocks, seed);

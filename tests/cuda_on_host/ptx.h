@@ -47,6 +47,8 @@ inline int __shfl_up_sync(unsigned, int value, int step) {
 
 namespace sparse_attention::sm80 {
 
+inline int thread_anew() { return threadIdx.x; }
+
 inline uint8_t* shared_memory;
 
 inline uint32_t shared_address(const void* pointer) { return static_cast<const uint8_t*>(pointer) - shared_memory; }

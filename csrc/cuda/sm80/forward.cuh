@@ -1,6 +1,9 @@
 // Forward over a layout's tiles with warp matrix products (Ampere and later): FlashAttention-2's loop over the steps that a layout
-// lists. Keys arrive while the weights of the step before are multiplied, values while the scores are.
+// lists. Keys arrive while the weights of the step before are multiplied, values while the scores are; the operands of a product leave
+// shared memory while the one before is computed.
 #pragma once
+#include <cfloat>
+
 #include "ptx.h"
 #include "stretches.cuh"
 #include "tiles.cuh"
@@ -19,7 +22,7 @@ struct Consumer {
   Shared<S>& shared;
   const int warp, lane;
   float out[kBlocks][S::kDim / 8][4];
-  float most[kBlocks][2], sum[kBlocks][2];  // the base of the softmax, in scores; this lane's part of the weights' sum
+  float base[kBlocks][2], sum[kBlocks][2];  // of the softmax, in powers of 2; this lane's part of the weights' sum
 
   __device__ Consumer(const Params& p, Shared<S>& shared) : p(p), shared(shared), warp(threadIdx.x / 32), lane(threadIdx.x % 32) {}
 
@@ -36,19 +39,23 @@ struct Consumer {
     for (uint32_t at = 0;;) {  // twice the step of the stretch, plus which stretch: one register
       const int t = at / 2;
       const Stretch &now = shared.stretch[at % 2], &following = shared.stretch[at % 2 ^ 1];
+      // Rows 0 to 15 by columns 0 to 15 of the queries; 16 keys of as many columns. Found before the wait: asking for the thread takes long.
+      const int thread = thread_anew(), warp = thread / 32, lane = thread % 32;
+      const uint32_t q = shared_address(shared.q) + place<S>(warp * 16 * kBlocks + lane % 16, lane / 16);
+      const uint32_t k = shared_address(shared.k) + place<S>(lane / 16 * 8 + lane % 8, lane / 8 % 2);
       arrived();  // keys; all are done with the values of the step before
-      copy_values(now, t);
-      if (t == 0 && threadIdx.x == 0) move_on(shared.stretch[at % 2 ^ 1]);
-      copies_commit();
       float s[kBlocks][S::kKeys / 8][4];
-      score(s);
+      score(s, q, k, [&] {
+        copy_values(now, t);
+        if (t == 0 && threadIdx.x == 0) move_on(shared.stretch[at % 2 ^ 1]);
+        copies_commit();
+      });
       arrived();  // values; all are done with the keys, and the next stretch is known
       const bool ends = t + 1 == now.steps;
       if (!ends) copy_keys(now, t + 1);
       else if (following.item >= 0) copy_queries_and_keys(following);
       if (now.mask != kFull) hide(s, now.mask);
-      soften(s);
-      weigh(s);
+      weigh(s, [&] { soften(s); });
       at += 2;
       if (!ends) continue;
       if (now.last) {
@@ -109,7 +116,7 @@ struct Consumer {
 #pragma unroll
     for (int m = 0; m < kBlocks; ++m) {
 #pragma unroll
-      for (int r = 0; r < 2; ++r) most[m][r] = -INFINITY, sum[m][r] = 0;
+      for (int r = 0; r < 2; ++r) base[m][r] = -FLT_MAX, sum[m][r] = 0;
 #pragma unroll
       for (int j = 0; j < S::kDim / 8; ++j)
 #pragma unroll
@@ -117,32 +124,41 @@ struct Consumer {
     }
   }
 
-  __device__ __forceinline__ void score(float (&s)[kBlocks][S::kKeys / 8][4]) {
+  // `meanwhile`: what is done while the first operands come.
+  template <class F>
+  __device__ __forceinline__ void score(float (&s)[kBlocks][S::kKeys / 8][4], uint32_t q, uint32_t k, F&& meanwhile) {
 #pragma unroll
     for (int m = 0; m < kBlocks; ++m)
 #pragma unroll
       for (int j = 0; j < S::kKeys / 8; ++j)
 #pragma unroll
         for (int i = 0; i < 4; ++i) s[m][j][i] = 0;
-    // Rows 0 to 15 by columns 0 to 15 of the queries; 16 keys of as many columns.
-    const uint32_t q = shared_address(shared.q) + place<S>(warp * 16 * kBlocks + lane % 16, lane / 16);
-    const uint32_t k = shared_address(shared.k) + place<S>(lane / 16 * 8 + lane % 8, lane / 8 % 2);
+    // Those of the next products are on their way.
+    constexpr int kSteps = S::kDim / 16, kPieces = S::kKeys / 16;
+    uint32_t a[2][kBlocks][4], b[2][4];
+    const auto ask_a = [&](int x) {
 #pragma unroll
-    for (int x = 0; x < S::kDim / 16; ++x) {
-      uint32_t a[kBlocks][4];
+      for (int m = 0; m < kBlocks; ++m) load_matrices(a[x % 2][m], (q ^ (x % 4 * 32)) + x / 4 * 128 + m * 16 * S::kPitch);
+    };
+    const auto ask_b = [&](int n) {
+      const int x = n / kPieces, j = n % kPieces;
+      load_matrices(b[n % 2], (k ^ (x % 4 * 32)) + x / 4 * 128 + j * 16 * S::kPitch);
+    };
+    ask_a(0), ask_b(0);
+    meanwhile();
 #pragma unroll
-      for (int m = 0; m < kBlocks; ++m) load_matrices(a[m], (q ^ (x % 4 * 32)) + x / 4 * 128 + m * 16 * S::kPitch);
+    for (int x = 0; x < kSteps; ++x)
 #pragma unroll
-      for (int j = 0; j < S::kKeys / 16; ++j) {
-        uint32_t b[4];
-        load_matrices(b, (k ^ (x % 4 * 32)) + x / 4 * 128 + j * 16 * S::kPitch);
+      for (int j = 0; j < kPieces; ++j) {
+        const int n = x * kPieces + j;
+        if (n + 1 < kSteps * kPieces) ask_b(n + 1);
+        if (j == 0 && x + 1 < kSteps) ask_a(x + 1);
 #pragma unroll
         for (int m = 0; m < kBlocks; ++m) {
-          multiply<T>(s[m][2 * j], a[m], b[0], b[1]);
-          multiply<T>(s[m][2 * j + 1], a[m], b[2], b[3]);
+          multiply<T>(s[m][2 * j], a[x % 2][m], b[n % 2][0], b[n % 2][1]);
+          multiply<T>(s[m][2 * j + 1], a[x % 2][m], b[n % 2][2], b[n % 2][3]);
         }
       }
-    }
   }
 
   __device__ __forceinline__ void hide(float (&s)[kBlocks][S::kKeys / 8][4], int mask) {
@@ -177,21 +193,21 @@ struct Consumer {
         for (int j = 1; j < S::kKeys / 8; ++j) x = fmaxf(x, fmaxf(s[m][j][2 * r], s[m][j][2 * r + 1]));
         x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
         x = fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-        moves |= x > most[m][r] + p.slack;
+        x *= p.scale_log2;
+        moves |= x > base[m][r] + 8;
       }
     if (__any_sync(~0u, moves)) move(top);
 #pragma unroll
     for (int m = 0; m < kBlocks; ++m)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const float base = most[m][r] == -INFINITY ? 0.0f : most[m][r] * p.scale_log2;
         float added = 0;
 #pragma unroll
         for (int j = 0; j < S::kKeys / 8; ++j)
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
             float& x = s[m][j][2 * r + e];
-            x = exp2_fast(fmaf(x, p.scale_log2, -base));
+            x = exp2_fast(fmaf(x, p.scale_log2, -base[m][r]));
             added += x;
           }
         sum[m][r] += added;
@@ -203,33 +219,40 @@ struct Consumer {
     for (int m = 0; m < kBlocks; ++m)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const float base = fmaxf(most[m][r], top[m][r]);
-        const float worth = base == -INFINITY ? 0.0f : exp2_fast((most[m][r] - base) * p.scale_log2);
-        most[m][r] = base;
+        const float higher = fmaxf(base[m][r], top[m][r]), worth = exp2_fast(base[m][r] - higher);
+        base[m][r] = higher;
         sum[m][r] *= worth;
 #pragma unroll
         for (int j = 0; j < S::kDim / 8; ++j) out[m][j][2 * r] *= worth, out[m][j][2 * r + 1] *= worth;
       }
   }
 
-  __device__ __forceinline__ void weigh(const float (&s)[kBlocks][S::kKeys / 8][4]) {
-    // 16 keys by 16 columns of the values, transposed.
+  template <class F>
+  __device__ __forceinline__ void weigh(float (&s)[kBlocks][S::kKeys / 8][4], F&& meanwhile) {
+    // 16 keys by 16 columns of the values, transposed; those of the next products are on their way.
     const uint32_t v = shared_address(shared.v) + place<S>(lane % 16, lane / 16);
+    constexpr int kSteps = S::kKeys / 16, kPieces = S::kDim / 16;
+    uint32_t a[kBlocks][4], b[2][4];
+    const auto ask = [&](int n) {
+      const int x = n / kPieces, j = n % kPieces;
+      load_matrices_transposed(b[n % 2], (v ^ (j % 4 * 32)) + j / 4 * 128 + x * 16 * S::kPitch);
+    };
+    ask(0);
+    meanwhile();
 #pragma unroll
-    for (int x = 0; x < S::kKeys / 16; ++x) {
-      uint32_t a[kBlocks][4];
+    for (int x = 0; x < kSteps; ++x) {
 #pragma unroll
       for (int m = 0; m < kBlocks; ++m)
 #pragma unroll
         for (int i = 0; i < 4; ++i) a[m][i] = pack<T>(s[m][2 * x + i / 2][i % 2 * 2], s[m][2 * x + i / 2][i % 2 * 2 + 1]);
 #pragma unroll
-      for (int j = 0; j < S::kDim / 16; ++j) {
-        uint32_t b[4];
-        load_matrices_transposed(b, (v ^ (j % 4 * 32)) + j / 4 * 128 + x * 16 * S::kPitch);
+      for (int j = 0; j < kPieces; ++j) {
+        const int n = x * kPieces + j;
+        if (n + 1 < kSteps * kPieces) ask(n + 1);
 #pragma unroll
         for (int m = 0; m < kBlocks; ++m) {
-          multiply<T>(out[m][2 * j], a[m], b[0], b[1]);
-          multiply<T>(out[m][2 * j + 1], a[m], b[2], b[3]);
+          multiply<T>(out[m][2 * j], a[m], b[n % 2][0], b[n % 2][1]);
+          multiply<T>(out[m][2 * j + 1], a[m], b[n % 2][2], b[n % 2][3]);
         }
       }
     }
@@ -258,7 +281,7 @@ struct Consumer {
         all += __shfl_xor_sync(~0u, all, 1);
         all += __shfl_xor_sync(~0u, all, 2);
         float keep = all == 0 ? 0 : 1 / all, earlier = 0;
-        float lse = all == 0 ? -INFINITY : (most[m][r] * p.scale_log2 + __log2f(all)) * 0.6931471805599453f;
+        float lse = all == 0 ? -INFINITY : (base[m][r] + __log2f(all)) * 0.6931471805599453f;
         if constexpr (reads_partial(kMerge)) {
           const float before = real ? p.lse[query] : -INFINITY, top = fmaxf(lse, before);
           if (top != -INFINITY) {

@@ -54,9 +54,8 @@ Strided in_bytes(const Strided& x) { return {x.data, 2 * x.batch, 2 * x.head, 2 
 template <typename T>
 int launch_forward(const Forward& f, cudaStream_t stream) {
   if (f.keys != 64 && f.keys != 128) return cudaErrorInvalidValue;
-  const float scale_log2 = f.scale * 1.4426950408889634f;
   const Params p{f.tables, in_bytes(f.q), in_bytes(f.k), in_bytes(f.v), in_bytes(f.out), f.partial, f.lse, f.heads, f.heads / f.kv_heads,
-                 f.q_len, f.kv_len, f.head_dim, f.keys, f.merge, scale_log2, 8 / scale_log2};
+                 f.q_len, f.kv_len, f.head_dim, f.keys, f.merge, f.scale * 1.4426950408889634f};
   return with_shape(f.head_dim, [&](auto shape) {
     using S = decltype(shape);
     if (const cudaError_t error = prepare<S, T>()) return error;

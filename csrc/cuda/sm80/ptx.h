@@ -12,6 +12,13 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// threadIdx.x, read where it is used: no register holds what follows from it meanwhile.
+__device__ __forceinline__ int thread_anew() {
+  int x;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+  return x;
+}
+
 // ---- asynchronous copies from global to shared memory
 
 // 16 bytes; zeros where not `real`, and then nothing is read.

@@ -14,7 +14,6 @@ struct Params {
   int32_t heads, group, q_len, kv_len, head_dim, keys;
   Merge merge;
   float scale_log2;
-  float slack;  // how far a score may be above the softmax's base: its weight is then 2^8 at most
 };
 
 // One query tile: where its rows lie. Pitches are the bytes from one row of its sequence to the next.
