@@ -77,7 +77,9 @@ def test_heads_of_different_strides(apart):  # noqa: F811
 def test_strides_are_read_in_place_or_copied():
     base = torch.randn(2, 700, 3, 2, 64, device="cuda", dtype=torch.bfloat16)  # [batch, length, (q, k, v), heads, head_dim]
     q, k, v = (base[:, :, n].transpose(1, 2) for n in range(3))
-    assert_accurate(q, k, v, sa.SlidingWindow(90), *sa.attention(q, k, v, sa.SlidingWindow(90), impl="tile", return_lse=True))
+    out, lse = sa.attention(q, k, v, sa.SlidingWindow(90), impl="tile", return_lse=True)
+    assert_accurate(q, k, v, sa.SlidingWindow(90), out, lse)
+    assert out.stride() == torch.empty_like(q).stride(), "the heads of a position lie together, as in q"
     odd = torch.randn(1, 2, 300, 67, device="cuda", dtype=torch.bfloat16)[..., :64]  # rows that the copy engine cannot read
     one = torch.randn(1, 1, 300, 64, device="cuda", dtype=torch.bfloat16).expand(1, 2, 300, 64)
     assert_accurate(odd, one, one, sa.Causal(), *sa.attention(odd, one, one, sa.Causal(), impl="tile", return_lse=True))

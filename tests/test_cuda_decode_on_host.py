@@ -26,7 +26,7 @@ HERE = Path(__file__).parent / "cuda_on_host"
 KERNELS = ("narrow", "wide", "many")
 ROWS = {"warpgroups": 128, "warpgroup": 64}  # of a block
 MATES = {"mates": 256}  # of two blocks that bring each other's keys
-ALONE = ("warpgroups", "mates")  # never merge in a cluster
+ALONE = ("warpgroups",)  # never merge in a cluster
 
 
 @functools.cache
@@ -199,10 +199,10 @@ def test_more_tiles_than_stages_in_one_block(engine, length, splits):
         assert torch.equal(first[0], engine(q, k, v, torch.tensor([length]), splits=splits, seed=7, **given)[0])
 
 
-@pytest.mark.parametrize("cluster", (1, 3))
-def test_a_cache_that_is_nearly_empty(engine, cluster):
-    """Many blocks have no key, some part of a tile."""
-    q, k, v = tensors(6, 4, 1, 13, 1400, 64)
+@pytest.mark.parametrize("cluster, head_dim", ((1, 72), (3, 64)))
+def test_a_cache_that_is_nearly_empty(engine, cluster, head_dim):
+    """Many blocks have no key, some part of a tile. Of 128 rows, head_dim 64 has the first tile apart, 72 in the loop."""
+    q, k, v = tensors(6, 4, 1, 13, 1400, head_dim)
     cluster = 1 if engine.name in ALONE else cluster
     for ancestors in (bits(TREE), None):
         given = {} if ancestors is None else {"ancestors": ancestors}

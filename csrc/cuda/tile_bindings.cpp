@@ -1,6 +1,7 @@
 // Between Python and the tile engine: checks, allocation, and the params.
 #include "tile_bindings.h"
 
+#include <ATen/ExpandUtils.h>
 #include <ATen/cuda/CUDAContext.h>
 #include <ATen/cuda/EmptyTensor.h>
 #include <c10/cuda/CUDAException.h>
@@ -42,12 +43,13 @@ Strided strided(const Tensor& x) {
   return {x.data_ptr(), stride(0), stride(1), stride(2)};
 }
 
-// Like q; without the dispatcher, which costs a microsecond.
+// As empty_like, in q's order of dimensions; without the dispatcher, which costs a microsecond.
 Tensor output_like(const Tensor& q) {
-  if (q.is_non_overlapping_and_dense()) {
-    const Tensor out(at::detail::empty_strided_cuda(q.sizes(), q.strides(), q.scalar_type(), q.device()));
-    if (copyable(out).is_same(out)) return out;
-  }
+  const auto like = [&](at::IntArrayRef strides) {
+    return Tensor(at::detail::empty_strided_cuda(q.sizes(), strides, q.scalar_type(), q.device()));
+  };
+  const Tensor out = q.is_non_overlapping_and_dense() ? like(q.strides()) : like(at::infer_dense_strides(q.sizes(), q.strides()));
+  if (copyable(out).is_same(out)) return out;
   return Tensor(at::detail::empty_cuda(q.sizes(), q.scalar_type(), q.device(), at::MemoryFormat::Contiguous));
 }
 
@@ -114,7 +116,7 @@ std::tuple<Tensor, Tensor> tile_forward(const Tensor& q_in, const Tensor& k_in, 
   const auto stream = at::cuda::getCurrentCUDAStream();
   int64_t slots = filter && q.size(3) <= 128 ? filter->slots * q.size(0) : 0;
   if (slots > kMostSlots) slots = 0;  // then items are taken whole
-  const int64_t rows = q.numel() / q.size(3), cut_rows = slots * kTileQueries, n_tickets = 1 + 2 * slots;
+  const int64_t rows = q.size(0) * q.size(1) * q.size(2), cut_rows = slots * kTileQueries, n_tickets = 1 + 2 * slots;
   Scratch scratch;
   const auto partial = layout.merges ? scratch.want(q.numel()) : Scratch::kNone;
   const auto own_lse = !with_lse && (layout.merges || layout.tier != 90) ? scratch.want(rows) : Scratch::kNone;

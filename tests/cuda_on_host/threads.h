@@ -112,6 +112,7 @@ inline void run_block(int threads_of_block, std::mt19937& random, std::function<
   for (Fiber& fiber : block.fibers) {
     constexpr size_t kStack = 256 * 1024;
     fiber.stack = std::make_unique_for_overwrite<char[]>(kStack);
+    std::memset(fiber.stack.get(), 0xFF, kStack);  // what is used before it is written should be seen
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get(), fiber.context.uc_stack.ss_size = kStack;
     makecontext(&fiber.context, enter, 0);

@@ -78,7 +78,7 @@ inline int64_t cluster_splits(const DecodeDevice& device, int64_t blocks, int64_
 }
 
 // As many blocks as there are multiprocessors, twice as many small ones, and a few tiles of keys for each: a cluster that finds no room
-// beside the others waits for all of them. A cluster merges up to 16 splits, 8 of warpgroups; more, where nothing else fills the device, take
+// beside the others waits for all of them. A cluster merges up to 16 splits, 8 of 64 rows on warpgroups; more, where nothing else fills the device, take
 // another launch.
 inline void split_keys(Decode& d, DecodeKernel kernel, int itemsize, const DecodeDevice& device) {
   const int row_bytes = row_bytes_of(d, itemsize);

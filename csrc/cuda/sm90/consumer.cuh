@@ -1,5 +1,5 @@
 // What a warpgroup does with key tiles as they arrive: multiply, soften, weigh. Where tiles come from and where the output goes is left to
-// the kernels: forward.cuh over a layout, decode.cuh over a cache.
+// the kernels: forward.cuh over a layout, decoder.cuh over a cache.
 #pragma once
 #include "../tile.h"
 #include "ptx.h"

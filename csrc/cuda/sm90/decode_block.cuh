@@ -16,7 +16,7 @@ struct CacheShape : Shape<kDim, kKeys, kStages> {
   static constexpr int kWords = kWords_, kMates = kMates_, kQueries = kRows, kQueryBlock = kRows * 128, kThreads = 128 + 2 * kRows;
   static_assert(CacheShape::kBlocks % kMates == 0);
   static constexpr bool kMerges = kRows == 64 && kMates == 1;  // its splits may be a cluster
-  static constexpr bool kFirstApart = kRows == 128 && (kMates > 1 || kWords > 320);  // where more code for the first tile is quicker: measured
+  static constexpr bool kFirstApart = kRows == 128 && (kMates > 1 || kWords > 320);  // where it was measured quicker, at head_dim 128
   static constexpr int kHelpers = kThreads - 32;  // all but the warp that copies keys
   static constexpr int kResident = kRows == 64 ? 2 : 1, kFewer = kRows == 64 ? 56 : 72, kMore = kRows == 64 ? 200 : 216;  // blocks at once; registers
 };

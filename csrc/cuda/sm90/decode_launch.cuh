@@ -53,7 +53,7 @@ cudaError_t launch_decode(const Decode& d, cudaStream_t stream) {
 // other before the first ones (60 nodes of 16 requests without a prefix take 21.4 us so, and 20.4 alone).
 template <class S>
 bool has_mates(const Decode& d) {
-  return row_tiles<S>(d) == 2 && d.cluster == 1 && visited_keys(d) >= 2048;
+  return row_tiles<S>(d) == 2 && visited_keys(d) >= 2048;
 }
 
 // A stage less where words need its memory.
