@@ -26,7 +26,7 @@ HERE = Path(__file__).parent / "cuda_on_host"
 KERNELS = ("narrow", "wide", "many")
 ROWS = {"warpgroups": 128, "warpgroup": 64}  # of a block
 MATES = {"mates": 256}  # of two blocks that bring each other's keys
-ALONE = ("warpgroups",)  # never merge in a cluster
+MERGING = (*KERNELS, "warpgroup")  # in a cluster; blocks of 128 rows leave what they find to the second launch
 
 
 @functools.cache
@@ -160,10 +160,9 @@ def test_float32_is_off_by_at_most_twice_what_pytorch_is(small):
     assert (lse.double() - right_lse).abs().max() < 4e-6
 
 
+@pytest.mark.parametrize("engine", MERGING, indirect=True)
 @pytest.mark.parametrize("cluster", (2, 3, 9))
 def test_blocks_of_a_cluster_merge(engine, cluster):
-    if engine.name in ALONE:
-        pytest.skip("its blocks leave what they find to the second launch")
     q, k, v = tensors(2, 6, 2, 7, 330, 64)
     for lengths in ([330, 7], [200, 0]):
         want = engine.check(q, k, v, torch.tensor(lengths), splits=cluster, cluster=cluster)
@@ -203,7 +202,7 @@ def test_more_tiles_than_stages_in_one_block(engine, length, splits):
 def test_a_cache_that_is_nearly_empty(engine, cluster, head_dim):
     """Many blocks have no key, some part of a tile. Of 128 rows, head_dim 64 has the first tile apart, 72 in the loop."""
     q, k, v = tensors(6, 4, 1, 13, 1400, head_dim)
-    cluster = 1 if engine.name in ALONE else cluster
+    cluster = cluster if engine.name in MERGING else 1
     for ancestors in (bits(TREE), None):
         given = {} if ancestors is None else {"ancestors": ancestors}
         engine.check(q, k, v, torch.tensor([13, 70, 300, 0, 500, 1400]), splits=3, cluster=cluster, seed=3, **given)

@@ -1,4 +1,4 @@
-// What each file of bindings adds to the module. Only these files and module.cpp include torch.
+// What each file of bindings adds to the module. Only the files named *bindings.* and module.cpp include torch.
 #pragma once
 #include <torch/csrc/utils/pybind.h>
 

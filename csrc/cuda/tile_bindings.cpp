@@ -10,7 +10,7 @@
 #include <tuple>
 
 #include "bindings.h"
-#include "scratch.h"
+#include "scratch_bindings.h"
 
 namespace sparse_attention::bindings {
 namespace {

@@ -78,8 +78,8 @@ inline int64_t cluster_splits(const DecodeDevice& device, int64_t blocks, int64_
 }
 
 // As many blocks as there are multiprocessors, twice as many small ones, and a few tiles of keys for each: a cluster that finds no room
-// beside the others waits for all of them. A cluster merges up to 16 splits, 8 of 64 rows on warpgroups; more, where nothing else fills the device, take
-// another launch.
+// beside the others waits for all of them. A cluster merges up to most_cluster splits; more, where nothing else fills the device, take another
+// launch.
 inline void split_keys(Decode& d, DecodeKernel kernel, int itemsize, const DecodeDevice& device) {
   const int row_bytes = row_bytes_of(d, itemsize);
   const int64_t blocks = d.batch * row_blocks(d, kernel, itemsize), keys = visited_keys(d);

@@ -133,7 +133,7 @@ struct Consumer {
       for (int j = 0; j < S::kKeys / 8; ++j)
 #pragma unroll
         for (int i = 0; i < 4; ++i) s[m][j][i] = 0;
-    // Those of the next products are on their way.
+    // The operands of the next product are on their way.
     constexpr int kSteps = S::kDim / 16, kPieces = S::kKeys / 16;
     uint32_t a[2][kBlocks][4], b[2][4];
     const auto ask_a = [&](int x) {
@@ -227,9 +227,10 @@ struct Consumer {
       }
   }
 
+  // Adds the values to the sums. `meanwhile`: what is done while the first of them come, and makes weights of s.
   template <class F>
   __device__ __forceinline__ void weigh(float (&s)[kBlocks][S::kKeys / 8][4], F&& meanwhile) {
-    // 16 keys by 16 columns of the values, transposed; those of the next products are on their way.
+    // 16 keys by 16 columns of the values, transposed; those of the next product are on their way.
     const uint32_t v = shared_address(shared.v) + place<S>(lane % 16, lane / 16);
     constexpr int kSteps = S::kKeys / 16, kPieces = S::kDim / 16;
     uint32_t a[kBlocks][4], b[2][4];

@@ -129,7 +129,7 @@ struct Attend {
     for (int x = 0; x < S::kKeys / 16; ++x)
 #pragma unroll
       for (int c = 0; c < kChunks; ++c)
-        product_registers<T>(out[c], weights[x], descriptor(v + c * (kWide / 64) * S::kKeyBlock + 2048 * x, S::kKeyBlock));
+        product_registers<T>(out[c], weights[x], descriptor(v + c * (kWide / 64) * S::kKeyBlock + 2048 * x, S::kKeyBlock), 1);
     products_commit();
   }
 

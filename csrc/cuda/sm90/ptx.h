@@ -221,32 +221,7 @@ __device__ __forceinline__ void product_shared(float (&c)[64], uint64_t a, uint6
 #undef SA_PRODUCT
 }
 
-// c[64 rows, kN] += a[64, 16] b[16, kN]: a in registers, b in shared memory with its rows contiguous.
-template <typename T>
-__device__ __forceinline__ void product_registers(float (&c)[32], const uint32_t (&a)[4], uint64_t b) {
-#define SA_PRODUCT(type)                                                                                             \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {" SA_LIST32                            \
-               "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;\n"                                                         \
-               : SA_R32(c, 0)                                                                                        \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
-  if constexpr (IsHalf<T>::value) SA_PRODUCT("f16");
-  else SA_PRODUCT("bf16");
-#undef SA_PRODUCT
-}
-
-template <typename T>
-__device__ __forceinline__ void product_registers(float (&c)[64], const uint32_t (&a)[4], uint64_t b) {
-#define SA_PRODUCT(type)                                                                                             \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " {" SA_LIST64                           \
-               "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;\n"                                                         \
-               : SA_R32(c, 0), SA_R32(c, 32)                                                                         \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
-  if constexpr (IsHalf<T>::value) SA_PRODUCT("f16");
-  else SA_PRODUCT("bf16");
-#undef SA_PRODUCT
-}
-
-// The same, or, without `add`, c = a b.
+// c[64 rows, kN] += a[64, 16] b[16, kN], or without `add` c = a b: a in registers, b in shared memory with its rows contiguous.
 template <typename T>
 __device__ __forceinline__ void product_registers(float (&c)[32], const uint32_t (&a)[4], uint64_t b, int add) {
 #define SA_PRODUCT(type)                                                                                             \

@@ -231,7 +231,7 @@ void product_shared(float (&c)[kCount], uint64_t a, uint64_t b, int add) {
 }
 
 template <typename T, int kCount>
-void product_registers(float (&c)[kCount], const uint32_t (&a)[4], uint64_t b, int add = 1) {
+void product_registers(float (&c)[kCount], const uint32_t (&a)[4], uint64_t b, int add) {
   Product mine{c, a, 0, b, add != 0};
   multiply<2 * kCount>(mine, [](uint64_t right, int column, int k) {
     const uint32_t leading = right >> 32;
